@@ -1,0 +1,87 @@
+"""A micro-batch: one flat stream of T tokens that holds whole documents, with no batch dimension.
+
+tokens    5 5 5 5 812 94 2 | 5 5 77 31 2 | 0 0      T: documents end to end, then padding
+modality  i i i i t   t  t | s s t  t  t | t t
+labels    - - - 812 94 2 - | …                      already shifted; the last token of a document bears none
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from mm.encoders.base import Grid
+from mm.sample import Modality
+
+IGNORE = -100
+"""Label of a position that bears no loss (the value that `torch.nn.functional.cross_entropy` ignores)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Media:
+    """All items of one modality in a batch, in stream order.
+
+    inputs: keyword arguments of the encoder's forward, for N items
+    grids: N feature grids
+    slots: (S,) int64 positions in the stream where the adapter's outputs go, ascending
+    documents: (N,) int64 number of the document that each item belongs to
+    """
+
+    inputs: dict[str, Tensor]
+    grids: tuple[Grid, ...]
+    slots: Tensor
+    documents: Tensor
+
+    def to(self, device: torch.device) -> Media:
+        inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}
+        return replace(
+            self, inputs=inputs, slots=self.slots.to(device, non_blocking=True), documents=self.documents.to(device)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A micro-batch of P packs with n documents.
+
+    tokens: (T,) int64; media slots hold the pad token
+    positions: (T,) int64, from 0 in every document
+    labels: (T,) int64, shifted: the token that follows, or `IGNORE`
+    weights: (T,) float32 loss weight of the label; 0 where there is none
+    modality: (T,) int8, see `Modality`
+    offsets: (n + 1,) int32 start of every document, then T. Padding is the last document when there is any
+    packs: (P + 1,) int32 start of every pack, then T
+    rows: (n, 2) int64 (source number, row in the source) of every document; (-1, -1) for padding
+    media: the items of each modality that occurs
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    labels: Tensor
+    weights: Tensor
+    modality: Tensor
+    offsets: Tensor
+    packs: Tensor
+    rows: Tensor
+    media: dict[Modality, Media] = field(default_factory=dict)
+
+    def to(self, device: torch.device | str) -> Self:
+        """The batch on a device. `offsets`, `packs` and `rows` stay on the CPU: Python reads them."""
+        device = torch.device(device)
+        moved = {
+            name: getattr(self, name).to(device, non_blocking=True)
+            for name in ("tokens", "positions", "labels", "weights", "modality")
+        }
+        return replace(self, **moved, media={modality: media.to(device) for modality, media in self.media.items()})
+
+    @property
+    def real_tokens(self) -> int:
+        """Tokens that belong to a sample, media slots included."""
+        lengths = self.offsets.diff()
+        return int(lengths[self.rows[:, 0] >= 0].sum())
+
+    def document_of_token(self) -> Tensor:
+        """(T,) int64 number of the document that each token belongs to."""
+        return torch.repeat_interleave(torch.arange(len(self.offsets) - 1), self.offsets.diff().long())

@@ -1,0 +1,95 @@
+"""What flows through the suite: a sample is an ordered list of parts, whatever its task.
+
+A caption pair is ``[Image, Text]``, an interleaved page ``[Text, Image, Text, …]``, a chat the same with roles.
+Media parts hold the encoded file (undecoded) until the last moment; `mm.media` reads their headers and decodes them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import ClassVar, Literal
+
+Role = Literal["system", "user", "assistant"]
+
+
+class Modality(IntEnum):
+    """The modality of a token of the stream, as stored in `Batch.modality`."""
+
+    TEXT = 0
+    IMAGE = 1
+    SPEECH = 2
+    POINT = 3
+
+    @property
+    def label(self) -> str:
+        """The name used in recipes, cards and logs: ``text``, ``image``, ``speech``, ``point``."""
+        return self.name.lower()
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Words. `loss` says whether they are to be predicted; `role` is set in chats only."""
+
+    text: str
+    loss: bool = True
+    role: Role | None = None
+    modality: ClassVar[Modality] = Modality.TEXT
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """An encoded picture: JPEG, PNG, WebP, GIF, BMP or TIFF bytes."""
+
+    data: bytes
+    role: Role | None = None
+    modality: ClassVar[Modality] = Modality.IMAGE
+
+
+@dataclass(frozen=True, slots=True)
+class Speech:
+    """An encoded recording: WAV, FLAC, OGG or MP3 bytes."""
+
+    data: bytes
+    role: Role | None = None
+    modality: ClassVar[Modality] = Modality.SPEECH
+
+
+@dataclass(frozen=True, slots=True)
+class PointCloud:
+    """A ``.npy`` file with an (n, 3) array of coordinates or (n, 6) of coordinates and colours."""
+
+    data: bytes
+    role: Role | None = None
+    modality: ClassVar[Modality] = Modality.POINT
+
+
+MediaPart = Image | Speech | PointCloud
+Part = Text | MediaPart
+MEDIA_PARTS: dict[Modality, type[MediaPart]] = {
+    Modality.IMAGE: Image,
+    Modality.SPEECH: Speech,
+    Modality.POINT: PointCloud,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One training or evaluation example.
+
+    `source` is the name of its card and `key` a label for people. Neither identifies it: WebDataset keys repeat across
+    shards. Identity is (source, shard, row).
+    """
+
+    source: str
+    key: str
+    parts: tuple[Part, ...]
+
+    @property
+    def media(self) -> tuple[MediaPart, ...]:
+        """The parts that are not text, in order."""
+        return tuple(part for part in self.parts if not isinstance(part, Text))
+
+    @property
+    def is_chat(self) -> bool:
+        return any(part.role is not None for part in self.parts)
