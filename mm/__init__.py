@@ -1,3 +1,3 @@
-"""Multimodal pre-training: encoders and tokenizers, packing, experts and token-weighted losses around one language model."""
+"""Multimodal pre-training: encoders, tokenizers, packing and token-weighted losses around one language model."""
 
 __version__ = "0.1.0"

@@ -1,7 +1,7 @@
 """The contract by which a continuous modality enters the language model.
 
-    file ──decode──▶ item ──Transform.prepare──▶ tensor ──collate──▶ inputs ──Encoder──▶ features ──Adapter──▶ embeddings
-          mm.media         (CPU, loader worker)           N items             (ΣF, C)             (ΣS, D)
+    file ─decode─▶ item ─Transform.prepare─▶ tensor ─collate─▶ inputs ─Encoder─▶ features ─Adapter─▶ embeddings
+         mm.media       (CPU, loader worker)         N items            (ΣF, C)            (ΣS, D)
 
 `Transform` and `Adapter.length` answer, from a header alone, how many embeddings an item will give: the plan relies on
 it, and `MultimodalLM` checks it. A new encoder is one subclass of each, named in a recipe by its class path.
@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mm.media import Facts
 from mm.sample import Modality
@@ -55,8 +56,11 @@ class Encoder(nn.Module, ABC):
     width: int
 
     @abstractmethod
-    def forward(self, **inputs: Tensor) -> Tensor:
-        """(ΣF, C) features of all items, item after item, F = prod(grid) each."""
+    def forward(self, *args: Any, **inputs: Any) -> Tensor:
+        """(ΣF, C) features of all items, item after item, F = prod(grid) each.
+
+        Called with what `Transform.collate` gave, by keyword; a subclass names those inputs in its signature.
+        """
 
     @abstractmethod
     def flops(self, grid: Grid) -> float:
@@ -65,6 +69,17 @@ class Encoder(nn.Module, ABC):
     def blocks(self) -> list[nn.Module]:
         """The repeated blocks, the unit of sharding and of activation checkpointing. Empty: the encoder is one unit."""
         return []
+
+    def train(self, mode: bool = True) -> Self:
+        """Training or evaluation mode. BatchNorm stays in evaluation mode: batch statistics would mix the items.
+
+        A module is born in training mode, so ``__init__`` of an encoder with BatchNorm ends with ``self.train()``.
+        """
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+        return self
 
 
 class Adapter(nn.Module, ABC):

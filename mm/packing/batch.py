@@ -55,6 +55,7 @@ class Batch:
     packs: (P + 1,) int32 start of every pack, then T
     rows: (n, 2) int64 (source number, row in the source) of every document; (-1, -1) for padding
     media: the items of each modality that occurs
+    broken: (sample, reason) of samples that could not be used and were replaced by padding of the promised length
     """
 
     tokens: Tensor
@@ -66,6 +67,7 @@ class Batch:
     packs: Tensor
     rows: Tensor
     media: dict[Modality, Media] = field(default_factory=dict)
+    broken: tuple[tuple[str, str], ...] = ()
 
     def to(self, device: torch.device | str) -> Self:
         """The batch on a device. `offsets`, `packs` and `rows` stay on the CPU: Python reads them."""

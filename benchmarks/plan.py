@@ -1,0 +1,231 @@
+"""What the plan gives: fill of packs, distance from the lower bound, balance over ranks, time and memory.
+
+    python -m benchmarks.plan                 all tables
+    python -m benchmarks.plan --samples 40000 --seeds 3 --only fill limits
+
+Every number but time and memory is exact for its seed; the spread over seeds is given as ±.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from benchmarks.lengths import IMAGE_TOKENS, Lengths, mixed_lengths
+from mm.packing.balance import deal, imbalance, imbalance_bound
+from mm.packing.fit import first_fit_decreasing, in_order, lower_bound
+from mm.packing.hashing import shuffled
+from mm.packing.options import PackingOptions
+from mm.packing.plan import Plan
+from mm.packing.streams import Source
+
+CAPACITY = 4096
+PLANNED = 1_000_000
+
+# Forward FLOPs of a SigLIP SO400M with 729 patches for the 144 tokens of an image, and of a Qwen2.5-1.5B.
+ENCODER_OF_IMAGE = 2 * 4.0e8 * 729 + 27 * 4 * 729**2 * 1152
+DECODER_OF_TOKEN = 2 * 1.54e9
+DECODER_OF_PAIR = 28 * 4 * 1536 / 2  # of two tokens that attend to each other, causal
+
+
+def buffered(lengths: np.ndarray, size: int) -> int:
+    """Packs if a buffer of `size` samples is packed at a time and whatever is not full leaves as it is."""
+    return sum(
+        first_fit_decreasing(lengths[start : start + size], CAPACITY).number for start in range(0, len(lengths), size)
+    )
+
+
+def open_packs(lengths: np.ndarray, number: int) -> int:
+    """Packs of first-fit as samples come with at most `number` packs open; the fullest is closed for a new one."""
+    rooms: list[int] = []
+    packs = 0
+    for length in lengths.tolist():
+        fitting = next((place for place, room in enumerate(rooms) if room >= length), None)
+        if fitting is None:
+            packs += 1
+            if len(rooms) == number:
+                rooms.remove(min(rooms))
+            rooms.append(CAPACITY)
+            fitting = len(rooms) - 1
+        rooms[fitting] -= length
+    return packs
+
+
+def first_fit(mixture: Lengths, limit: int) -> int:
+    """Packs of first-fit as samples come with all packs open and a limit on images."""
+    rooms = np.empty((len(mixture.tokens), 2), np.int64)
+    packs = 0
+    for sizes in np.column_stack([mixture.tokens, mixture.images]):
+        fits = (rooms[:packs] >= sizes).all(axis=1)
+        place = int(fits.argmax()) if fits.any() else packs
+        if place == packs:
+            rooms[packs] = CAPACITY, limit
+            packs += 1
+        rooms[place] -= sizes
+    return packs
+
+
+def fill_table(samples: int, seeds: int) -> None:
+    ways: dict[str, Callable[[np.ndarray], int]] = {
+        "one sample a pack (pad each)": len,
+        "next-fit": lambda lengths: in_order(lengths, CAPACITY).number,
+        "buffer of 8 samples (as nanoVLM's)": lambda lengths: buffered(lengths, 8),
+        "buffer of 64 samples": lambda lengths: buffered(lengths, 64),
+        "buffer of 256 samples": lambda lengths: buffered(lengths, 256),
+        "first-fit, 8 open packs": lambda lengths: open_packs(lengths, 8),
+        "ours, windows of 2048 packs (a plan)": lambda lengths: planned(lengths)[0],
+        "ours, all at once": lambda lengths: first_fit_decreasing(lengths, CAPACITY).number,
+    }
+    print(f"\nFill, {samples} samples, capacity {CAPACITY}, no limit on images")
+    mixtures = [mixed_lengths(samples, seed=seed).tokens for seed in range(seeds)]
+    for name, way in ways.items():
+        fills = [100 * lengths.sum() / (CAPACITY * way(lengths)) for lengths in mixtures]
+        print(f"  {name:42} {spread(fills)} %")
+
+
+def limits_table(samples: int, seeds: int) -> None:
+    print(f"\nLower bound / packs with a limit on images, {samples} samples; the second column says what binds")
+    print(f"  {'limit':>5}  {'ΣL/C : Σn/limit':>18}  {'first-fit':>14}  {'ours':>14}  {'fill, ours':>14}")
+    for limit in (2, 4, 6, 8, 9, 10, 11, 12, 16, 32):
+        theirs, ours, fills, ratio = [], [], [], ""
+        for seed in range(seeds):
+            mixture = mixed_lengths(samples, seed=seed)
+            mixture = mixture.where(mixture.images <= limit)
+            arguments = (mixture.tokens, CAPACITY, mixture.images[:, None], np.array([limit]))
+            bound, packs = lower_bound(*arguments), first_fit_decreasing(*arguments).number
+            theirs.append(100 * bound / first_fit(mixture, limit))
+            ours.append(100 * bound / packs)
+            fills.append(100 * mixture.tokens.sum() / (CAPACITY * packs))
+            ratio = f"{mixture.tokens.sum() / CAPACITY:.0f} : {mixture.images.sum() / limit:.0f}"
+        print(f"  {limit:>5}  {ratio:>18}  {spread(theirs)} %  {spread(ours)} %  {spread(fills)} %")
+
+
+def balance_table(seeds: int) -> None:
+    print("\nTime of a global batch over perfectly even ranks: Σ (max encoder + max decoder) / Σ means")
+    for training, factor in (("encoder trained", 3.0), ("encoder frozen", 1.0)):
+        for world, micro_steps in ((8, 8), (8, 32), (64, 8)):
+            results: dict[str, list[float]] = {}
+            seconds = []
+            for seed in range(seeds):
+                costs = pack_costs(world * micro_steps * 4, seed, factor)
+                for batch in range(4):
+                    part = costs[batch * world * micro_steps :][: world * micro_steps]
+                    start = time.perf_counter()
+                    dealt = deal(part, world, seed)
+                    seconds.append(time.perf_counter() - start)
+                    totals = part.sum(axis=1)
+                    for name, way in {
+                        "as they come": np.arange(len(part)).reshape(-1, world),
+                        "equal sums per rank": levelled(totals, world),
+                        "sorted by total": np.argsort(totals).reshape(-1, world),
+                        "ours": dealt,
+                    }.items():
+                        results.setdefault(name, []).append(imbalance(part, way))
+                    results.setdefault("(no deal is below)", []).append(imbalance_bound(part, world))
+            milliseconds = 1000 * statistics.median(seconds)
+            print(f"  {training}, {world} ranks × {micro_steps} packs; dealing takes {milliseconds:.0f} ms a batch")
+            for name, values in results.items():
+                print(f"    {name:22} {spread(values, digits=3)}")
+
+
+def pack_costs(number: int, seed: int, encoder_factor: float) -> np.ndarray:
+    """(number, 2) encoder and decoder FLOPs of packs of the mixture, forward and backward, in random order."""
+    mixture = mixed_lengths(number * 8, seed=seed)
+    packs = first_fit_decreasing(mixture.tokens, CAPACITY, mixture.images[:, None], np.array([16]))
+    encoder = packs.sums(mixture.image_tokens) / IMAGE_TOKENS * ENCODER_OF_IMAGE
+    decoder = CAPACITY * DECODER_OF_TOKEN + packs.sums(mixture.tokens**2) * DECODER_OF_PAIR
+    costs = np.column_stack([encoder_factor * encoder, 3 * decoder])
+    return costs[shuffled(packs.number, seed)][:number]
+
+
+def levelled(totals: np.ndarray, world: int) -> np.ndarray:
+    """Packs dealt so that ranks get equal sums, the most expensive first; each rank takes its own as they come."""
+    places = len(totals) // world
+    ranks: list[list[int]] = [[] for _ in range(world)]
+    sums = np.zeros(world)
+    for pack in np.argsort(-totals):
+        free = [rank for rank in range(world) if len(ranks[rank]) < places]
+        rank = min(free, key=lambda rank: sums[rank])
+        ranks[rank].append(int(pack))
+        sums[rank] += totals[pack]
+    return np.array([sorted(packs) for packs in ranks]).T
+
+
+def planned(lengths: np.ndarray, images: np.ndarray | None = None, limit: int | None = None) -> tuple[int, float]:
+    """Packs of a whole plan on disk, and lower bound / packs."""
+    shards = 100
+    counts = np.zeros((len(lengths), 3), np.int16)
+    counts[:, 0] = 0 if images is None else images
+    source = Source(
+        name="mixture",
+        shards=np.full(shards, len(lengths) // shards),
+        tokens=lengths[:, None].astype(np.int32),
+        choice_probabilities=np.ones(1),
+        counts=counts,
+        fingerprint="benchmark",
+    )
+    options = PackingOptions(capacity=CAPACITY, limits={} if limit is None else {"image": limit})
+    with tempfile.TemporaryDirectory() as folder:
+        plan = Plan.open(folder, [source], options, seed=0, epochs=1)
+        packs = plan.total_packs() or 0
+        return packs, plan.statistics().lower_bound / packs
+
+
+def million(limit: int | None) -> None:
+    """Prints time and peak memory of planning a million samples in this process."""
+    mixture = mixed_lengths(PLANNED)
+    start, cpu = time.perf_counter(), time.process_time()
+    if limit is None:
+        first_fit_decreasing(mixture.tokens, CAPACITY)
+    else:
+        first_fit_decreasing(mixture.tokens, CAPACITY, mixture.images[:, None], np.array([limit]))
+    at_once, at_once_cpu = time.perf_counter() - start, time.process_time() - cpu
+    start, cpu = time.perf_counter(), time.process_time()
+    packs, efficiency = planned(mixture.tokens, mixture.images, limit)
+    in_windows, in_windows_cpu = time.perf_counter() - start, time.process_time() - cpu
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    print(
+        f"  limit {limit!s:>4}: packed at once {at_once:.1f} s ({at_once_cpu:.1f} s CPU), planned to disk "
+        f"{in_windows:.1f} s ({in_windows_cpu:.1f} s CPU), bound / packs {100 * efficiency:.2f} %, {packs} packs, "
+        f"peak {peak:.0f} MiB"
+    )
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Mean ± half the range."""
+    return f"{statistics.mean(values):6.{digits}f} ± {(max(values) - min(values)) / 2:.{digits}f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=40_000, help="a multiple of 100")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", nargs="+", choices=("fill", "limits", "balance", "million"))
+    parser.add_argument("--million", type=int, help=argparse.SUPPRESS)  # limit on images; 0: none. A process of its own
+    options = parser.parse_args()
+    if options.million is not None:
+        million(options.million or None)
+        return
+    wanted = options.only or ("fill", "limits", "balance", "million")
+    if "fill" in wanted:
+        fill_table(options.samples, options.seeds)
+    if "limits" in wanted:
+        limits_table(options.samples, options.seeds)
+    if "balance" in wanted:
+        balance_table(options.seeds)
+    if "million" in wanted:
+        print(f"\nTime and memory for {PLANNED} samples, one process each")
+        for limit in (0, 16, 32):
+            subprocess.run([sys.executable, "-m", "benchmarks.plan", "--million", str(limit)], check=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,280 @@
+"""The command ``mm``."""
+
+from __future__ import annotations
+
+if not __package__:
+    raise SystemExit("Run `mm …` or `python -m mm …`: run as a file, mm/tokenizers would hide the library tokenizers.")
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from mm import configure
+from mm.configure import RecipeError
+
+# Idle OpenMP threads that spin slow a busy two-core machine down threefold (measured); read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Pre-train vision-language models.")
+preset_app = typer.Typer(no_args_is_help=True, help="The files a recipe is made of: list, read, copy.")
+app.add_typer(preset_app, name="preset")
+data_app = typer.Typer(no_args_is_help=True, help="Shards and cards: build, look at samples.")
+app.add_typer(data_app, name="data")
+console = Console()
+errors = Console(stderr=True)
+
+
+@app.callback()
+def suite() -> None:
+    """Pre-train vision-language and omni models."""
+
+
+@preset_app.command("ls")
+def list_presets(
+    folder: Annotated[str | None, typer.Argument(help=f"one of {', '.join(configure.PRESET_FOLDERS)}")] = None,
+) -> None:
+    """All presets, or those of one folder."""
+    groups = configure.presets()
+    if folder is not None and folder.rstrip("/") not in groups:
+        raise RecipeError(f"no preset folder {folder!r}; expected {', '.join(groups)}")
+    for name, presets in groups.items():
+        if presets and folder in (None, name, f"{name}/"):
+            table = Table("preset", "what it is", title=name, title_justify="left", expand=False)
+            for preset in presets:
+                table.add_row(preset.path, escape(preset.description))
+            console.print(table)
+
+
+@preset_app.command("show")
+def show_preset(path: Annotated[str, typer.Argument(help="such as encoders/siglip.yaml")]) -> None:
+    """The content of a preset, and where it lies."""
+    file = configure.find_preset(path)
+    typer.echo(f"# {file}", err=True)
+    typer.echo(file.read_text(encoding="utf-8"), nl=False)
+
+
+@preset_app.command("copy")
+def copy_preset(
+    path: Annotated[str, typer.Argument(help="such as encoders/siglip.yaml")],
+    to: Annotated[Path | None, typer.Argument(help="the same path in the working directory, if left out")] = None,
+) -> None:
+    """A copy to edit. A recipe finds it first when it lies under the same path in the working directory."""
+    source, target = configure.find_preset(path), to if to is not None else Path(path)
+    if target.exists():
+        raise RecipeError(f"{target} exists already; name another file, or remove it first")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(source.read_bytes())
+    typer.echo(f"{source} → {target}")
+
+
+# ----------------------------------------------------------------------------------------------------------- training
+
+RecipePath = Annotated[Path, typer.Argument(help="a recipe; `mm preset ls train` lists some")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="changes to the recipe: optim.lr=1e-4 seed=1")]
+Run = Annotated[Path, typer.Argument(help="a run folder, a checkpoint in it, or an export")]
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option(help="where everything goes; a stopped demo goes on")] = Path("runs/demo"),
+    overrides: Overrides = None,
+) -> None:
+    """Pre-train, instruct, evaluate and report on the embedded corpus: minutes on two CPU cores."""
+    from mm.demo import run_demo
+
+    run_demo(folder, overrides or [], console)
+
+
+@app.command()
+def train(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Train a recipe. Repeating the command resumes the run; under torchrun it uses all processes."""
+    from mm.train.loop import train as train_recipe
+    from mm.train.parallel import local_world
+    from mm.train.recipe import Recipe
+
+    checkpoint = train_recipe(Recipe.load(recipe, overrides or []))
+    if local_world()[0] == 0:
+        console.print(f"[bold]done[/bold], the last checkpoint is {checkpoint}", soft_wrap=True)
+
+
+@app.command()
+def plan(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Show what a recipe would train on: samples, tokens, fill, steps, FLOPs and balance over ranks."""
+    from mm.train.preview import preview
+    from mm.train.recipe import Recipe
+
+    for table in preview(Recipe.load(recipe, overrides or [])):
+        console.print(table)
+
+
+@app.command()
+def inspect(
+    recipe: Annotated[Path, typer.Argument(help="a recipe or a run folder")],
+    step: Annotated[int, typer.Option(help="global batch, from 0")] = 0,
+    out: Annotated[Path, typer.Option(help="the page to write")] = Path("packs.html"),
+    packs: Annotated[int, typer.Option(help="packs to show")] = 8,
+) -> None:
+    """Write a page that shows the packs of a step as the model sees them."""
+    from mm.report.packs import inspect_page
+    from mm.train.preview import planned
+    from mm.train.recipe import Recipe
+
+    file = recipe / "recipe.yaml" if recipe.is_dir() else recipe
+    out.write_text(inspect_page(planned(Recipe.load(file)), step, packs), encoding="utf-8")
+    console.print(f"{out} shows step {step}")
+
+
+@app.command()
+def export(run: Run, out: Annotated[Path, typer.Argument(help="folder to write")]) -> None:
+    """Write a trained model as safetensors with its recipe; every command that takes a run takes the export too."""
+    from mm.train.export import export_run
+
+    console.print(f"{export_run(run, out)} holds model.safetensors and recipe.yaml")
+
+
+@app.command()
+def report(run: Run, out: Annotated[Path, typer.Argument(help="the page to write")] = Path("report.html")) -> None:
+    """Write a page with a run's loss curves, throughput, recipe and versions."""
+    from mm.report.run import report_of_run
+
+    out.write_text(report_of_run(run), encoding="utf-8")
+    console.print(f"{out} reports {run}")
+
+
+# ---------------------------------------------------------------------------------------------------- trained models
+
+
+@app.command("eval")
+def evaluate(
+    run: Run,
+    suite: Annotated[Path, typer.Argument(help="an MMBench-style TSV")],
+    out: Annotated[Path | None, typer.Option(help="folder for results.json and answers.jsonl; RUN/eval/SUITE")] = None,
+    generate: Annotated[int, typer.Option(help="questions to answer also in words, under every rotation")] = 200,
+) -> None:
+    """Score a model on a multiple-choice suite, by likelihood and in words, with its controls."""
+    from rich.progress import Progress
+
+    from mm.evaluate import Options, read_suite
+    from mm.evaluate import evaluate as run_suite
+    from mm.evaluate.model import ModelAnswerer
+    from mm.train.export import load_trained
+    from mm.train.versions import versions
+
+    trained = load_trained(run)
+    options = Options(generation_questions=generate, about={"checkpoint": str(run), **versions()})
+    with Progress(console=console) as progress:
+        answerer = ModelAnswerer(trained.model, trained.processor)
+        results = run_suite(read_suite(suite), answerer, options, progress)
+    for table in results.tables():
+        console.print(table)
+    folder = out or run / "eval" / suite.stem
+    results.save(folder)
+    console.print(f"{folder} holds results.json and answers.jsonl")
+
+
+@app.command()
+def generate(
+    run: Run,
+    prompt: Annotated[str, typer.Option(help="what to ask; without it the picture is described")] = "",
+    image: Annotated[Path | None, typer.Option(help="a picture file")] = None,
+    max_tokens: Annotated[int, typer.Option(help="length of the answer at most")] = 64,
+) -> None:
+    """Answer a question about a picture."""
+    from mm.evaluate.answerer import Prompt
+    from mm.evaluate.model import ModelAnswerer
+    from mm.train.export import load_trained
+
+    if image is None and not prompt:
+        raise RecipeError("give --prompt, --image or both")
+    trained = load_trained(run)
+    question = Prompt(image.read_bytes() if image else None, prompt)
+    console.print(ModelAnswerer(trained.model, trained.processor).generate([question], max_tokens)[0], markup=False)
+
+
+# --------------------------------------------------------------------------------------------------------------- data
+
+
+@app.command()
+def index(
+    card: Annotated[Path, typer.Argument(help="a data card, such as data_cards/demo/card.yaml")],
+    split: Annotated[str, typer.Option(help="split of the card")] = "train",
+    folder: Annotated[Path, typer.Option(help="where indexes are kept")] = Path("~/.cache/mm/index"),
+    processes: Annotated[int, typer.Option(help="how many work in parallel; 0 is this one")] = 0,
+) -> None:
+    """Index a split of a card: one pass over its shards that later runs share. Unreadable samples are listed."""
+    from mm.data.card import Card
+    from mm.data.index import index_card
+
+    console.print(index_card(Card.load(card), split, folder.expanduser(), processes).summary(), highlight=False)
+
+
+@data_app.command("build")
+def build_shards(
+    name: Annotated[str, typer.Argument(help="openclipart, image-folder or llava-json")],
+    out: Annotated[Path, typer.Argument(help="folder for the shards and their card")],
+    options: Annotated[list[str] | None, typer.Argument(help="of the builder: source=FOLDER …")] = None,
+) -> None:
+    """Write WebDataset shards and a card from what you have."""
+    from mm.data.sources import build
+
+    given = dict(option.partition("=")[::2] for option in options or [])
+    built = build(name, out, **given)
+    for split, samples in built.samples.items():
+        console.print(f"{split}: {samples:,} samples")
+    for reason, count in built.skipped.most_common():
+        console.print(f"left out: {count:,} × {reason}")
+    console.print(f"{out} holds the shards and their card")
+
+
+@data_app.command("show")
+def show_sample(
+    card: Annotated[Path, typer.Argument(help="a data card")],
+    row: Annotated[int, typer.Argument(help="row of the split, from 0")],
+    split: Annotated[str, typer.Option(help="split of the card")] = "train",
+    folder: Annotated[Path, typer.Option(help="where indexes are kept")] = Path("~/.cache/mm/index"),
+    save: Annotated[Path | None, typer.Option(help="folder to write the sample's media files to")] = None,
+) -> None:
+    """Show one sample of a card, part by part."""
+    from mm import media
+    from mm.data.card import Card
+    from mm.data.index import index_card
+    from mm.sample import Text
+
+    rows = index_card(Card.load(card), split, folder.expanduser())
+    sample = rows.sample(row)
+    console.print(f"[bold]{escape(sample.key)}[/bold], row {row} of {rows.rows} in {escape(sample.source)}/{split}")
+    for number, part in enumerate(sample.parts):
+        role = f"{part.role}: " if part.role else ""
+        if isinstance(part, Text):
+            console.print(f"{role}{part.text!r}" + ("" if part.loss else "  (no loss)"), markup=False)
+            continue
+        console.print(f"{role}{part.modality.label} {media.facts(part)}, {len(part.data):,} bytes", markup=False)
+        if save is not None:
+            save.mkdir(parents=True, exist_ok=True)
+            target = save / f"{row:06d}-{number}.{media.extension(part)}"
+            target.write_bytes(part.data)
+            console.print(f"  written to {target}", markup=False)
+
+
+def main() -> None:
+    """Entry point. Mistakes in a recipe or its data are a sentence and exit status 2, not a traceback."""
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # a user's own encoders; last, so that no file there hides a library
+    try:
+        app()
+    except (ValueError, RuntimeError, FileNotFoundError) as error:
+        if not _speaks_for_itself(error):
+            raise
+        errors.print(f"[red]{type(error).__name__}[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
+        raise SystemExit(2) from None
+
+
+def _speaks_for_itself(error: Exception) -> bool:
+    """Whether the suite raised it on purpose: its message says what to do, and a traceback would hide that."""
+    return type(error).__module__.partition(".")[0] == "mm" or isinstance(error, FileNotFoundError)

@@ -1,0 +1,398 @@
+"""The index: one row a sample, from one pass over the shards that decodes nothing.
+
+    shard ──scan──▶ Record ──card──▶ Sample ──header──▶ row (key, place, characters, facts)     one file a shard
+                                        └─ broken ──▶ error (key, place, reason)                in the same file
+
+A file of the index holds the rows of its shard and, after them, the errors. It is stamped with the shard's fingerprint
+and with the meaning of the card, written under a lock and renamed into place: a pass that is killed goes on where it
+was, two processes that index at once share the work, and a shard or a card that changed is indexed again.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import os
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from filelock import FileLock
+
+from mm.data.card import Card
+from mm.data.mapping import BrokenSample
+from mm.data.passes import each_shard, read_stamp, write_table
+from mm.data.shards import Place, Scanned, Shard, ShardFingerprint, ShardStat
+from mm.media import BrokenMedia, Facts, ImageFacts, PointFacts, SpeechFacts, facts
+from mm.sample import Modality, Sample, Text
+
+logger = logging.getLogger(__name__)
+
+INDEX_VERSION = 1
+"""Raised when the files of an index change their form, so that they are built anew."""
+
+OPEN_SHARDS = 64
+"""Shards, and tables of places, that a process keeps open."""
+
+_METADATA = b"mm.index"
+_MEDIA = pa.struct([("modality", pa.int8()), ("first", pa.int32()), ("second", pa.int32())])
+_FACTS = {Modality.IMAGE: ImageFacts, Modality.SPEECH: SpeechFacts, Modality.POINT: PointFacts}
+
+
+class IndexingError(RuntimeError):
+    """A split that cannot be indexed."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardIndex:
+    """What an index knows of one shard.
+
+    shard: its path or URL
+    file: name of its file in the index folder
+    rows, errors: numbers of samples, and of records that are none
+    stat, fingerprint: of the shard when it was indexed
+    mapping: fingerprint of the card's record mapping
+    """
+
+    shard: str
+    file: str
+    rows: int
+    errors: int
+    stat: ShardStat
+    fingerprint: ShardFingerprint
+    mapping: str
+
+    @property
+    def stamp(self) -> str:
+        """Identity of the rows: equal stamps mean the same samples in the same order. What columns are stamped with."""
+        return _digest([INDEX_VERSION, self.fingerprint, self.mapping])
+
+
+class Index:
+    """All samples of a split, in the order of the card's shards and of the records in them.
+
+    Pickles small: arrays are loaded on first use, and workers that only call `sample` load the places of the shards
+    that they touch.
+    """
+
+    def __init__(self, card: Card, split: str, folder: Path, shards: Sequence[ShardIndex]) -> None:
+        self.card = card
+        self.split = split
+        self.folder = folder
+        self.shards = tuple(shards)
+        self.starts = np.concatenate([[0], np.cumsum([shard.rows for shard in self.shards])]).astype(np.int64)
+        self._reader = _Reader()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Index, (self.card, self.split, self.folder, self.shards)
+
+    def __len__(self) -> int:
+        return self.rows
+
+    @property
+    def rows(self) -> int:
+        """Number of samples n."""
+        return int(self.starts[-1])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes when any row might mean another sample."""
+        return _digest([shard.stamp for shard in self.shards])
+
+    @cached_property
+    def shard(self) -> np.ndarray:
+        """(n,) int32 number of the shard of every row."""
+        return np.repeat(np.arange(len(self.shards), dtype=np.int32), np.diff(self.starts))
+
+    @property
+    def place(self) -> np.ndarray:
+        """(n, 2) int64 place of every row in its shard, see `mm.data.shards`."""
+        return self._arrays.place
+
+    @property
+    def characters(self) -> np.ndarray:
+        """(n, choices) int32 length of all text of the sample under each choice of the card, in characters."""
+        return self._arrays.characters
+
+    @property
+    def signature(self) -> np.ndarray:
+        """(n,) uint64; rows of equal signature have equal media facts in equal order, 0 means no media.
+
+        What follows from facts alone, such as numbers of slots, needs computing once a signature.
+        """
+        return self._arrays.signature
+
+    @property
+    def media_starts(self) -> np.ndarray:
+        """(n + 1,) int64; the media of row i are rows ``media_starts[i]:media_starts[i + 1]`` of `media`."""
+        return self._arrays.media_starts
+
+    @property
+    def media(self) -> np.ndarray:
+        """(m, 3) int32: modality and the two facts of every media part, in part order."""
+        return self._arrays.media
+
+    @cached_property
+    def key(self) -> pa.ChunkedArray:
+        """(n,) strings: labels for people."""
+        return self._table(["key"]).column("key")
+
+    @cached_property
+    def errors(self) -> pa.Table:
+        """What is no sample: columns shard, key, reason."""
+        tables = []
+        for shard in self.shards:
+            if shard.errors:
+                table = _errors(self.folder, shard).rename_columns(["key", "reason"])
+                tables.append(table.add_column(0, "shard", pa.repeat(pa.scalar(shard.shard), shard.errors)))
+        empty = pa.schema([("shard", pa.string()), ("key", pa.string()), ("reason", pa.string())]).empty_table()
+        return pa.concat_tables([empty, *tables])
+
+    def facts(self, row: int) -> list[Facts]:
+        """Header facts of a sample's media, in part order."""
+        media = self.media[self.media_starts[row] : self.media_starts[row + 1]].tolist()
+        return [_FACTS[modality](first, second) for modality, first, second in media]
+
+    def sample(self, row: int, choice: int = 0) -> Sample:
+        """Reads a sample under one of the card's choices.
+
+        Raises:
+            ShardChanged: the shard is not the one that was indexed.
+            OSError: the disk or the network failed.
+        """
+        if not 0 <= row < self.rows:
+            raise IndexError(f"row {row} of {self.rows}")
+        number = int(np.searchsorted(self.starts, row, side="right")) - 1
+        shard, places = self._reader.get(self, number)
+        first, second = places[row - self.starts[number]].tolist()
+        return self.card.sample(shard.read((first, second)), choice)
+
+    def summary(self, most: int = 5) -> str:
+        """Rows and errors in a few lines, the most frequent reasons first."""
+        counts: Counter[str] = Counter()
+        examples: dict[str, str] = {}
+        for shard, key, reason in zip(*(column.to_pylist() for column in self.errors.columns), strict=True):
+            kind = reason.partition(":")[0]
+            counts[kind] += 1
+            examples.setdefault(kind, f"{key!r} in {shard}: {reason}")
+        lines = [f"{self.card.name}/{self.split}: {self.rows} samples in {len(self.shards)} shards"]
+        lines += [f"  {count} x {kind}, first {examples[kind]}" for kind, count in counts.most_common(most)]
+        return "\n".join(lines)
+
+    @cached_property
+    def _arrays(self) -> _Arrays:
+        table = self._table(["place", "characters", "media", "signature"])
+        media = _flat(table, "media")
+        columns = [media.field(name).to_numpy(zero_copy_only=False) for name in ("modality", "first", "second")]
+        lengths = np.concatenate([chunk.value_lengths().to_numpy() for chunk in table.column("media").chunks])
+        return _Arrays(
+            place=_flat(table, "place").to_numpy(zero_copy_only=False).reshape(-1, 2),
+            characters=_flat(table, "characters").to_numpy(zero_copy_only=False).reshape(-1, len(self.card.choices)),
+            signature=table.column("signature").to_numpy(),
+            media_starts=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            media=np.stack(columns, axis=1).astype(np.int32),
+        )
+
+    def _table(self, columns: list[str]) -> pa.Table:
+        return pa.concat_tables([_rows(self.folder, shard, columns) for shard in self.shards])
+
+
+class _Arrays(NamedTuple):
+    place: np.ndarray
+    characters: np.ndarray
+    signature: np.ndarray
+    media_starts: np.ndarray
+    media: np.ndarray
+
+
+def _flat(table: pa.Table, column: str) -> pa.Array:
+    """The values of all lists of a column, one after another."""
+    return pa.concat_arrays([chunk.flatten() for chunk in table.column(column).chunks])
+
+
+class _Reader:
+    """The shards that this process has open. A forked child starts with none: connections do not survive a fork."""
+
+    def __init__(self) -> None:
+        self._process = os.getpid()
+        self._open: OrderedDict[int, tuple[Shard, np.ndarray]] = OrderedDict()
+
+    def get(self, index: Index, number: int) -> tuple[Shard, np.ndarray]:
+        """A shard of the index, and the (rows, 2) places of its samples."""
+        if self._process != os.getpid():
+            self._process, self._open = os.getpid(), OrderedDict()
+        if number in self._open:
+            self._open.move_to_end(number)
+            return self._open[number]
+        entry = index.shards[number]
+        self._open[number] = index.card.open(entry.shard, entry.stat), shard_places(index.folder, entry)
+        if len(self._open) > OPEN_SHARDS:
+            _, (oldest, _) = self._open.popitem(last=False)
+            oldest.close()
+        return self._open[number]
+
+
+def shard_places(folder: Path, entry: ShardIndex) -> np.ndarray:
+    """(rows, 2) int64 places of the samples of one shard, from its file in the index folder."""
+    return _flat(_rows(folder, entry, ["place"]), "place").to_numpy(zero_copy_only=False).reshape(-1, 2)
+
+
+def _rows(folder: Path, entry: ShardIndex, columns: list[str]) -> pa.Table:
+    return pq.read_table(folder / entry.file, columns=columns, use_threads=False).slice(0, entry.rows)
+
+
+def _errors(folder: Path, entry: ShardIndex) -> pa.Table:
+    return pq.read_table(folder / entry.file, columns=["key", "error"], use_threads=False).slice(entry.rows)
+
+
+# ----------------------------------------------------------------------------------------------------------- building
+
+
+def index_card(card: Card, split: str, folder: str | Path, processes: int = 0, progress: bool = True) -> Index:
+    """The index of a split; builds what is missing or out of date, see `index_shards`."""
+    return index_shards(card, split, card.shards(split), folder, processes, progress)
+
+
+def index_shards(
+    card: Card, split: str, shards: Sequence[str], folder: str | Path, processes: int = 0, progress: bool = True
+) -> Index:
+    """The index of some shards of a split, such as those of one window.
+
+    Args:
+        folder: where the files of the index are and will be.
+        processes: how many work in parallel; 0 works in this one. They are spawned, so a script needs its
+            ``if __name__ == "__main__":``.
+        progress: show a bar once it takes more than a second.
+
+    Raises:
+        IndexingError: nothing in the shards could be used.
+        PassError: a process was killed.
+        FileNotFoundError: a shard is not there.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(16) as threads:
+        entries = dict(zip(shards, threads.map(functools.partial(_current, card, folder), shards), strict=True))
+    missing = [shard for shard, entry in entries.items() if entry is None]
+    work = functools.partial(_index_shard, card, folder)
+    entries |= each_shard(work, missing, processes, f"indexing {card.name}", progress)
+    index = Index(card, split, folder, [entry for entry in entries.values() if entry is not None])
+    if sum(entry.errors for entry in index.shards):
+        logger.warning("%s", index.summary())
+    if not index.rows:
+        raise IndexingError(f"{card.path}: no usable sample in split {split!r}\n{index.summary()}")
+    return index
+
+
+def _file(card: Card, folder: Path, shard: str) -> Path:
+    """Where the index of a shard is. Cards that read the same shard in other ways do not displace each other's."""
+    stem = Path(shard).name.partition(".")[0][:80]
+    return folder / f"{stem}-{_digest([shard, card.mapping_fingerprint])[:16]}.parquet"
+
+
+def _current(card: Card, folder: Path, shard: str) -> ShardIndex | None:
+    """What is known of a shard if it has not changed, by size and version."""
+    file = _file(card, folder, shard)
+    entry = _load_entry(file)
+    return entry if entry and card.open(shard).file.stat() == entry.stat else None
+
+
+def _index_shard(card: Card, folder: Path, shard: str) -> ShardIndex:
+    """Indexes a shard, unless another process has just done so."""
+    file = _file(card, folder, shard)
+    with FileLock(f"{file}.lock"):
+        entry = _current(card, folder, shard)
+        if entry is not None:
+            return entry
+        opened = card.open(shard)
+        opened.expected = stat = opened.file.stat()
+        fingerprint = opened.file.fingerprint()
+        before = _load_entry(file)
+        if before is not None and before.fingerprint == fingerprint:
+            entry, table = before, pq.read_table(file)  # copied or touched: the same bytes under another date
+            entry = ShardIndex(shard, file.name, entry.rows, entry.errors, stat, fingerprint, entry.mapping)
+        else:
+            table, rows = _scan(card, opened)
+            mapping = card.mapping_fingerprint
+            entry = ShardIndex(shard, file.name, rows, table.num_rows - rows, stat, fingerprint, mapping)
+        opened.check()
+        opened.close()
+        write_table(table, file, _METADATA, {"version": INDEX_VERSION, **asdict(entry)})
+        return entry
+
+
+def _load_entry(file: Path) -> ShardIndex | None:
+    """The stamp of a file of the index; None if there is none, or one of another version."""
+    stamp = read_stamp(file, _METADATA)
+    if stamp is None or stamp.pop("version") != INDEX_VERSION:
+        return None
+    stat, fingerprint = ShardStat(*stamp.pop("stat")), ShardFingerprint(*stamp.pop("fingerprint"))
+    return ShardIndex(stat=stat, fingerprint=fingerprint, **stamp)
+
+
+def _scan(card: Card, shard: Shard) -> tuple[pa.Table, int]:
+    """The table of a shard, rows before errors, and the number of rows."""
+    rows: list[_Row] = []
+    errors: list[_Row] = []
+    for scanned in shard.scan():
+        row = _row(card, scanned)
+        (rows if row.error is None else errors).append(row)
+    columns = list(zip(*rows, *errors, strict=True)) if rows or errors else [()] * len(_Row._fields)
+    schema = pa.schema(
+        [
+            ("key", pa.string()),
+            ("place", pa.list_(pa.int64(), 2)),
+            ("characters", pa.list_(pa.int32(), len(card.choices))),
+            ("media", pa.list_(_MEDIA)),
+            ("signature", pa.uint64()),
+            ("error", pa.string()),
+        ]
+    )
+    arrays = [pa.array(column, type) for column, type in zip(columns, schema.types, strict=True)]
+    return pa.Table.from_arrays(arrays, schema=schema), len(rows)
+
+
+class _Row(NamedTuple):
+    key: str
+    place: Place
+    characters: list[int]
+    media: list[tuple[int, ...]]
+    signature: int
+    error: str | None
+
+
+def _row(card: Card, scanned: Scanned) -> _Row:
+    """The row of a record; of the text all choices must be usable, since a plan may draw any."""
+    choices = range(len(card.choices))
+    error = scanned.error
+    if scanned.record is not None:
+        try:
+            samples = [card.sample(scanned.record, choice) for choice in choices]
+            characters = [sum(len(part.text) for part in one.parts if isinstance(part, Text)) for one in samples]
+            media = [(part.modality.value, *facts(part)) for part in samples[0].media]
+            return _Row(samples[0].key, scanned.place, characters, media, _signature(media), None)
+        except BrokenSample as broken:
+            error = str(broken)
+        except BrokenMedia as broken:
+            error = f"broken media: {broken}"
+    return _Row(scanned.key, scanned.place, [0 for _ in choices], [], 0, error)
+
+
+def _signature(media: list[tuple[int, ...]]) -> int:
+    if not media:
+        return 0
+    packed = np.asarray(media, dtype="<i4").tobytes()
+    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little")
+
+
+def _digest(value: Any) -> str:
+    return hashlib.blake2b(json.dumps(value).encode(), digest_size=16).hexdigest()

@@ -1,0 +1,74 @@
+"""Passes over shards: in parallel, with progress, and with results that are on disk whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+S = TypeVar("S")
+T = TypeVar("T")
+
+
+class PassError(RuntimeError):
+    """A pass over shards that could not be finished. What was finished is kept."""
+
+
+def each_shard(work: Callable[[S], T], shards: Sequence[S], processes: int, label: str, progress: bool) -> dict[S, T]:
+    """Results of `work` for every shard, in parallel processes, with a bar once it takes more than a second.
+
+    Raises:
+        PassError: a process was killed.
+    """
+    if processes == 0 or len(shards) < 2:
+        results = ((shard, work(shard)) for shard in shards)
+        return dict(_with_bar(results, len(shards), label) if progress else results)
+    spawn = multiprocessing.get_context("spawn")  # forking a process with threads, as torch has, may deadlock
+    with ProcessPoolExecutor(min(processes, len(shards)), mp_context=spawn) as pool:
+        futures = {pool.submit(work, shard): shard for shard in shards}
+        results = ((futures[future], future.result()) for future in as_completed(futures))
+        try:
+            return dict(_with_bar(results, len(shards), label) if progress else results)
+        except BrokenProcessPool as error:
+            raise PassError(f"{label}: a process was killed, perhaps for memory; try fewer processes") from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _with_bar(results: Iterator[T], total: int, label: str) -> Iterator[T]:
+    started = time.monotonic()
+    with ExitStack() as stack:
+        bar, task = None, None
+        for done, result in enumerate(results, 1):
+            if bar is None and time.monotonic() - started > 1:
+                columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+                bar = stack.enter_context(Progress(*columns, console=Console(stderr=True)))
+                task = bar.add_task(label, total=total)
+            if bar is not None and task is not None:
+                bar.update(task, completed=done)
+            yield result
+
+
+def write_table(table: pa.Table, file: Path, key: bytes, stamp: Any) -> None:
+    """Writes a parquet file with a JSON stamp under a key of its metadata. The caller holds the file's lock."""
+    unfinished = file.with_suffix(".unfinished")
+    pq.write_table(table.replace_schema_metadata({key: json.dumps(stamp)}), unfinished, compression="zstd")
+    unfinished.replace(file)
+
+
+def read_stamp(file: Path, key: bytes) -> Any:
+    """The stamp that `write_table` left in a file, None where there is no file."""
+    if not file.exists():
+        return None
+    return json.loads(pq.read_schema(file).metadata[key])

@@ -1,0 +1,634 @@
+"""Shards read where they lie: WebDataset tars and parquet files, on disk or behind any fsspec URL.
+
+    scan()  one sequential pass:  Scanned(key, place, record | error), …      what the index is made of
+    read(place)  random access:   Record(key, fields)                         what training reads
+
+A place is (byte offset, size) of a sample's members in a tar, (row group, row in it) in a parquet file. Nothing is ever
+extracted: the names in a tar are labels. A damaged shard gives an error with its reason for what is lost and goes on
+where it can; a disk or a network that fails raises, since it must never change which samples there are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import logging
+import os
+import re
+import shlex
+import time
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, NamedTuple, TypeVar
+
+import aiohttp
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Place = tuple[int, int]
+
+FORMATS = ("webdataset", "parquet")
+BLOCK = 512
+MAX_MEMBER = 1024**3
+"""Largest member of a tar that is read into memory, in bytes."""
+NO_END = "no end marker: the shard may have been cut off between two members"
+ROW_GROUP_CACHE = 256 * 1024**2
+"""Bytes of decoded row groups that a process keeps. The last one read is kept whatever its size."""
+
+
+COMPRESSED = {
+    ".gz": (b"\x1f\x8b", "gunzip"),
+    ".tgz": (b"\x1f\x8b", "gunzip"),
+    ".bz2": (b"BZh", "bunzip2"),
+    ".xz": (b"\xfd7zXZ", "unxz"),
+    ".zst": (b"\x28\xb5\x2f\xfd", "unzstd"),
+}
+"""First bytes of compressed files, and the command that undoes it."""
+
+
+class ShardError(ValueError):
+    """A shard that cannot be read as what its card says it is."""
+
+
+class ShardChanged(RuntimeError):
+    """A shard that is not the one that was indexed: places and columns would silently mean other samples."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A sample as stored. Fields are bytes by extension (tar) or values by column (parquet)."""
+
+    key: str
+    fields: dict[str, Any]
+
+
+class Scanned(NamedTuple):
+    """One step of a scan: a record, or the reason why there is none. Errors of a whole shard have an empty key."""
+
+    key: str
+    place: Place
+    record: Record | None
+    error: str | None = None
+
+
+class ShardStat(NamedTuple):
+    """What tells cheaply that a shard has not changed: size in bytes, and mtime in ns (disk), ETag or date (URL)."""
+
+    size: int
+    version: str
+
+
+class ShardFingerprint(NamedTuple):
+    """Size in bytes and checksum of the content; of a URL, which is not downloaded for it, of size and version."""
+
+    size: int
+    checksum: str
+
+
+class ShardFile(ABC):
+    """Bytes of a shard, local or remote."""
+
+    path: str
+
+    @abstractmethod
+    def stat(self) -> ShardStat:
+        """Size and version as they are now."""
+
+    @abstractmethod
+    def fingerprint(self) -> ShardFingerprint: ...
+
+    @abstractmethod
+    def read(self, offset: int, size: int) -> bytes:
+        """`size` bytes from `offset`; fewer only at the end."""
+
+    @abstractmethod
+    def stream(self) -> IO[bytes]:
+        """A seekable file for sequential reading."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Frees what `read` keeps open."""
+
+
+class LocalFile(ShardFile):
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._descriptor: int | None = None
+
+    def stat(self) -> ShardStat:
+        found = os.stat(self.path)  # noqa: PTH116  once a sample: pathlib takes three times as long
+        return ShardStat(found.st_size, str(found.st_mtime_ns))
+
+    def fingerprint(self) -> ShardFingerprint:
+        with Path(self.path).open("rb", buffering=0) as file:
+            digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
+            return ShardFingerprint(file.tell(), digest.hexdigest())
+
+    def read(self, offset: int, size: int) -> bytes:
+        if self._descriptor is None:
+            self._descriptor = os.open(self.path, os.O_RDONLY)
+        return os.pread(self._descriptor, size, offset)
+
+    def stream(self) -> IO[bytes]:
+        return Path(self.path).open("rb", buffering=1024**2)
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+class RemoteFile(ShardFile):
+    """A shard behind an fsspec URL, read by ranges; every request is tried three times."""
+
+    _VERSIONS = ("ETag", "etag", "Content-MD5", "md5Hash", "Last-Modified", "LastModified", "last_modified", "mtime")
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._system, self._inner = fsspec.url_to_fs(path)
+
+    def stat(self) -> ShardStat:
+        info = _retried(lambda: self._system.info(self._inner))
+        if info.get("size") is None:
+            raise ShardError(f"{self.path}: the server gives no size; download the shard, or use a server with ranges")
+        return ShardStat(info["size"], next((str(info[key]) for key in self._VERSIONS if info.get(key)), ""))
+
+    def fingerprint(self) -> ShardFingerprint:
+        stat = self.stat()
+        digest = hashlib.blake2b(f"{stat.size} {stat.version}".encode(), digest_size=16)
+        return ShardFingerprint(stat.size, digest.hexdigest())
+
+    def read(self, offset: int, size: int) -> bytes:
+        data = _retried(lambda: self._system.cat_file(self._inner, start=offset, end=offset + size))
+        if len(data) > size:
+            # A server without ranges answers with the whole file, whose beginning would pass for the sample.
+            raise ShardError(f"{self.path}: the server ignores ranges; download the shard, or use another server")
+        return data
+
+    def stream(self) -> IO[bytes]:
+        return io.BufferedReader(_Ranges(self, self.stat().size), 4 * 1024**2)
+
+    def close(self) -> None:
+        """Requests keep nothing open."""
+
+
+class _Ranges(io.RawIOBase):
+    """A seekable file over `RemoteFile.read`, so that a long scan survives a failed request."""
+
+    def __init__(self, file: RemoteFile, size: int) -> None:
+        self._file, self._size, self._position = file, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = start + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = min(len(buffer), self._size - self._position)
+        if wanted <= 0:
+            return 0
+        data = self._file.read(self._position, wanted)
+        if len(data) != wanted:  # taken for the end of the shard, it would cost the samples that follow
+            raise OSError(f"{self._file.path}: the server gave {len(data)} of {wanted} bytes at {self._position}")
+        buffer[:wanted] = data
+        self._position += len(data)
+        return len(data)
+
+
+def _retried(request: Callable[[], T]) -> T:
+    for pause in (0.5, 2.0):
+        try:
+            return request()
+        except (OSError, aiohttp.ClientError) as error:
+            logger.warning("request failed, next try in %s s: %r", pause, error)
+            time.sleep(pause)
+    try:
+        return request()
+    except aiohttp.ClientError as error:
+        raise OSError(f"request failed three times: {error!r}") from error
+
+
+def refuse_compressed(path: str, head: bytes = b"") -> None:
+    """Raises `ShardError` for a shard that is compressed by its name or its first bytes: nothing in it has a place."""
+    for suffix, (magic, command) in COMPRESSED.items():
+        if path.endswith(suffix) or head.startswith(magic):
+            raise ShardError(
+                f"{path} is compressed, so that a sample in it cannot be read without all before it (and pictures do "
+                f"not get smaller). Convert it once: {command} {shlex.quote(path)}"
+            )
+
+
+def is_remote(path: str) -> bool:
+    """Whether a shard's path is a URL (``s3://…``, ``simplecache::https://…``) and not a local file."""
+    return "://" in path and not path.startswith("file://")
+
+
+class Shard(ABC):
+    """A shard of records.
+
+    Args:
+        file: its bytes.
+        expected: size and version when it was indexed; reading anything else raises `ShardChanged`.
+    """
+
+    def __init__(self, file: ShardFile, expected: ShardStat | None = None) -> None:
+        self.file = file
+        self.expected = expected
+        if expected is not None and is_remote(file.path):
+            self.check()  # once: a request a sample would double their number
+
+    @property
+    def path(self) -> str:
+        return self.file.path
+
+    @abstractmethod
+    def scan(self) -> Iterator[Scanned]:
+        """All records in order, in one sequential pass, with an error for whatever cannot be read.
+
+        Raises:
+            OSError: the disk or the network failed, which says nothing about the data.
+        """
+
+    @abstractmethod
+    def _record(self, place: Place) -> Record: ...
+
+    def read(self, place: Place) -> Record:
+        """The record at a place that `scan` gave.
+
+        Raises:
+            ShardChanged: the shard is not the one that was scanned.
+            OSError: the disk or the network failed.
+        """
+        if not is_remote(self.path):
+            self.check()
+        return self._record(place)
+
+    def close(self) -> None:
+        self.file.close()
+
+    def check(self) -> None:
+        """Raises `ShardChanged` where the shard is not the expected one by size and version."""
+        if self.expected is not None and (found := self.file.stat()) != self.expected:
+            raise ShardChanged(
+                f"{self.path}: was {self.expected} when it was indexed, is {found}; shards must not change under a "
+                "run. Restore it, or index again and start a new stage"
+            )
+
+
+def open_shard(path: str, format: str, columns: Collection[str] = (), expected: ShardStat | None = None) -> Shard:
+    """A shard for reading.
+
+    Args:
+        path: local path or fsspec URL.
+        format: ``webdataset`` or ``parquet``.
+        columns: columns of a parquet file to read; others are not even decoded. Empty: all.
+        expected: see `Shard`.
+    """
+    file = RemoteFile(path) if is_remote(path) else LocalFile(path.removeprefix("file://"))
+    if format == "parquet":
+        return ParquetShard(file, expected, columns)
+    return TarShard(file, expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------- tar
+
+
+class Member(NamedTuple):
+    """A regular file of a tar: bytes ``start:end`` of the archive with its headers and padding.
+
+    `problem` says why there is no data. `fatal`: something may be missing around it, so the sample that it belongs to
+    is not to be trusted.
+    """
+
+    name: str
+    start: int
+    end: int
+    data: bytes = b""
+    problem: str | None = None
+    fatal: bool = False
+
+
+class TarShard(Shard):
+    """WebDataset: consecutive members with equal names up to the first dot of the base name are one record."""
+
+    def scan(self) -> Iterator[Scanned]:
+        size = self.file.stat().size
+        refuse_compressed(self.path, self.file.read(0, 8))
+        group: _Group | None = None
+        cut = False
+        with self.file.stream() as stream:
+            for member in walk_tar(stream, size):
+                cut |= member.fatal
+                if member.problem and not member.fatal:
+                    yield Scanned(member.name, (member.start, member.end - member.start), None, member.problem)
+                    continue
+                label = split_name(member.name)
+                if label is None and not member.fatal:
+                    yield Scanned(member.name, (member.start, member.end - member.start), None, _NO_EXTENSION)
+                    continue
+                key, field = label or ("", "")
+                if group is not None and key and key != group.key:
+                    yield group.finish()
+                    group = None
+                if group is None:
+                    group = _Group(key, member.start)
+                group.add(field, member)
+        if group is not None:
+            yield group.finish()
+        if not cut and self.file.read(max(0, size - BLOCK), BLOCK) != _ZEROS:
+            yield Scanned("", (size, 0), None, NO_END)
+
+    def _record(self, place: Place) -> Record:
+        offset, size = place
+        data = self.file.read(offset, size)
+        key, fields = "", {}
+        for member in walk_tar(io.BytesIO(data), len(data)):
+            label = split_name(member.name)
+            if member.fatal:
+                raise ShardChanged(f"{self.path}: no sample at bytes {offset}:{offset + size}: {member.problem}")
+            if label and not member.problem:
+                key, field = label
+                fields[field] = member.data
+        if not fields:
+            raise ShardChanged(f"{self.path}: no sample at bytes {offset}:{offset + size}")
+        return Record(key, fields)
+
+
+class _Group:
+    """The members of one record, as they come by."""
+
+    def __init__(self, key: str, start: int) -> None:
+        self.key, self.start, self.end = key, start, start
+        self.fields: dict[str, bytes] = {}
+        self.problem: str | None = None
+
+    def add(self, field: str, member: Member) -> None:
+        self.end = member.end
+        if member.problem:
+            self.problem = self.problem or member.problem
+        elif field in self.fields:
+            self.problem = self.problem or f"member repeated within the sample: {field!r}"
+        else:
+            self.fields[field] = member.data
+
+    def finish(self) -> Scanned:
+        place = (self.start, self.end - self.start)
+        if self.problem:
+            return Scanned(self.key, place, None, self.problem)
+        return Scanned(self.key, place, Record(self.key, self.fields))
+
+
+_NO_EXTENSION = "member without extension: its name does not say what it holds"
+_LABEL = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
+_ZEROS = bytes(BLOCK)
+_REGULAR = (b"0", b"\0", b"7")
+_EXTENDED = (b"x", b"g", b"L", b"K")
+_WITHOUT_DATA = {  # whatever size they claim
+    b"1": "hard link",
+    b"2": "symbolic link",
+    b"3": "device",
+    b"4": "device",
+    b"5": "directory",
+    b"6": "pipe",
+}
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """(key, field) of a member: ``dir/0001.seg.PNG`` is field ``seg.png`` of ``dir/0001``. None without extension."""
+    match = _LABEL.fullmatch(name)
+    return (match[1], match[2].lower()) if match else None
+
+
+def walk_tar(stream: IO[bytes], size: int) -> Iterator[Member]:
+    """Members of a tar in order, named by their POSIX, GNU or PAX headers.
+
+    Directories, hidden files and WebDataset's ``__meta__`` members are passed over; links and devices are given as
+    problems and never followed.
+
+    Args:
+        stream: at the start of the tar, or of a cut out of one.
+        size: bytes of it.
+    """
+    start, extended = None, {}
+    for entry in _entries(stream, size):
+        start = entry.start if start is None else start
+        if entry.problem is None and entry.kind in _EXTENDED:
+            try:
+                extended |= _extension(entry)
+                continue
+            except ValueError:
+                entry = entry._replace(problem=f"damaged extended header at byte {entry.start}")
+        name = extended.get("path") or entry.name
+        problem = entry.problem or _refusal(entry, extended)
+        if problem or not _is_passed_over(name, entry.kind):
+            yield Member(name, start, entry.end, entry.data, problem, fatal=entry.problem is not None)
+        start, extended = None, {}
+
+
+class _Entry(NamedTuple):
+    """A header and what follows it."""
+
+    name: str
+    kind: bytes
+    start: int
+    end: int
+    length: int
+    data: bytes = b""
+    problem: str | None = None
+
+
+def _entries(stream: IO[bytes], size: int) -> Iterator[_Entry]:
+    """All headers in order, extended ones too, with their data.
+
+    Blocks of zeros do not end the walk, since tars are often concatenated; after a damaged header it goes on at the
+    next sound one.
+    """
+    position, damaged = 0, False
+    while position < size:
+        start, header = position, stream.read(BLOCK)
+        position += BLOCK
+        if header == _ZEROS:
+            continue
+        if len(header) < BLOCK:
+            yield _Entry("", b"", start, size, 0, problem=f"truncated shard: ends inside a header at byte {size}")
+            return
+        parsed = _parse_header(header)
+        if parsed is None:
+            if not damaged:
+                yield _Entry("", b"", start, position, 0, problem=f"damaged tar header at byte {start}")
+            damaged = True
+            continue
+        name, kind, length = parsed
+        damaged = False
+        if position + length > size:
+            reason = f"truncated shard: {size - position} of {length} bytes of {name!r}"
+            yield _Entry(name, kind, start, size, length, problem=reason)
+            return
+        padded = -(-length // BLOCK) * BLOCK
+        if length > MAX_MEMBER:
+            data = b""
+            stream.seek(padded, io.SEEK_CUR)
+        else:
+            data = stream.read(padded)[:length]
+        position += padded
+        yield _Entry(name, kind, start, min(position, size), length, data)
+
+
+def _parse_header(header: bytes) -> tuple[str, bytes, int] | None:
+    """(name, type, bytes of data) of a tar header, or None where the checksum or a number is wrong."""
+    try:
+        checksum = int(header[148:156].strip(b" \0"), 8)
+        raw = header[124:136]
+        length = int.from_bytes(raw[1:], "big") if raw[0] == 0x80 else int(raw.strip(b" \0") or b"0", 8)
+    except ValueError:
+        return None
+    if checksum != sum(header) - sum(header[148:156]) + 8 * 32 or length < 0:
+        return None
+    name = header[:100].partition(b"\0")[0]
+    if header[257:263] == b"ustar\0" and header[345]:
+        name = header[345:500].partition(b"\0")[0] + b"/" + name
+    kind = header[156:157]
+    return _decode(name), kind, 0 if kind in _WITHOUT_DATA else length
+
+
+def _extension(entry: _Entry) -> dict[str, str]:
+    """What an extended header says of the member that follows. ValueError where its records do not add up."""
+    if entry.kind == b"L":
+        return {"path": _decode(entry.data.rstrip(b"\0"))}
+    records, data = {}, entry.data if entry.kind == b"x" else b""
+    while data:  # PAX: "length key=value\n", the length counting itself
+        digits, _, _ = data.partition(b" ")
+        length = int(digits)
+        if not len(digits) < length <= len(data):
+            raise ValueError(f"record of {length} bytes in {len(data)}")
+        key, _, value = data[len(digits) + 1 : length - 1].partition(b"=")
+        records[_decode(key)] = _decode(value)
+        data = data[length:]
+    return records
+
+
+def _refusal(entry: _Entry, extended: dict[str, str]) -> str | None:
+    """Why a sound member is not read, if it is not."""
+    if entry.kind in _WITHOUT_DATA and entry.kind != b"5":
+        return f"{_WITHOUT_DATA[entry.kind]} in the tar, ignored"
+    if entry.length > MAX_MEMBER or "size" in extended:  # PAX gives a size where the header has no room for it
+        return f"member too large, the limit is {MAX_MEMBER} bytes"
+    if entry.kind not in (*_REGULAR, b"5") or any(key.startswith("GNU.sparse") for key in extended):
+        return f"member of tar type {entry.kind!r} is not a plain file, ignored"
+    return None
+
+
+def _is_passed_over(name: str, kind: bytes) -> bool:
+    base = name.rpartition("/")[2]
+    return kind == b"5" or not base or base.startswith(".") or re.match(r"__[^/]*__($|/)", name) is not None
+
+
+def _decode(name: bytes) -> str:
+    return name.decode("utf-8", "backslashreplace")
+
+
+# ------------------------------------------------------------------------------------------------------------ parquet
+
+
+class ParquetShard(Shard):
+    """A parquet file as Hugging Face hosts it: one row a record, fields are columns, the key is the row's number."""
+
+    def __init__(self, file: ShardFile, expected: ShardStat | None = None, columns: Collection[str] = ()) -> None:
+        super().__init__(file, expected)
+        self._wanted = frozenset(columns)
+        self._parquet: pq.ParquetFile | None = None
+        self._starts: list[int] = []  # number of the first row of every row group
+
+    def _open(self) -> pq.ParquetFile:
+        if self._parquet is None:
+            self._parquet = pq.ParquetFile(self.file.stream())
+            metadata = self._parquet.metadata
+            rows = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
+            self._starts = list(itertools.accumulate(rows, initial=0))
+        return self._parquet
+
+    def _columns(self) -> list[str] | None:
+        names = self._open().schema_arrow.names
+        return [name for name in names if name in self._wanted] if self._wanted else None
+
+    def scan(self) -> Iterator[Scanned]:
+        try:
+            groups = self._open().num_row_groups
+        except (pa.ArrowException, OSError) as error:
+            _raise_if_disk(error)
+            yield Scanned("", (0, 0), None, f"not a readable parquet file: {error}")
+            return
+        for group in range(groups):
+            yield from self._scan_group(group)
+
+    def _scan_group(self, group: int) -> Iterator[Scanned]:
+        batches = self._open().iter_batches(64, row_groups=[group], columns=self._columns(), use_threads=False)
+        first, row = self._starts[group], 0
+        try:
+            for batch in batches:
+                for fields in batch.to_pylist():
+                    key = str(first + row)
+                    yield Scanned(key, (group, row), Record(key, fields))
+                    row += 1
+        except (pa.ArrowException, OSError) as error:
+            _raise_if_disk(error)
+            lost = self._starts[group + 1] - first - row
+            reason = f"damaged parquet file: {lost} rows of row group {group} are lost: {error}"
+            yield Scanned(str(first + row), (group, row), None, reason)
+
+    def _record(self, place: Place) -> Record:
+        group, row = place
+        if group >= self._open().num_row_groups:
+            raise ShardChanged(f"{self.path}: no row group {group} in {self._open().num_row_groups}")
+        table = _row_groups.get((self.path, self.expected, group, self._wanted), lambda: self._read_group(group))
+        if row >= table.num_rows:
+            raise ShardChanged(f"{self.path}: no row {row} in row group {group}, which has {table.num_rows}")
+        return Record(str(self._starts[group] + row), table.slice(row, 1).to_pylist()[0])
+
+    def _read_group(self, group: int) -> pa.Table:
+        return self._open().read_row_group(group, columns=self._columns(), use_threads=False)
+
+    def close(self) -> None:
+        super().close()
+        if self._parquet is not None:
+            self._parquet.close(force=True)
+            self._parquet = None
+
+
+def _raise_if_disk(error: Exception) -> None:
+    """Arrow reports damaged files as plain `OSError` without a number; anything else is a disk or a network failing."""
+    if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
+        raise error
+
+
+class _RowGroups:
+    """The row groups that this process read last, up to `ROW_GROUP_CACHE` bytes. One row cannot be read alone."""
+
+    def __init__(self) -> None:
+        self._tables: OrderedDict[Any, pa.Table] = OrderedDict()
+
+    def get(self, key: Any, read: Callable[[], pa.Table]) -> pa.Table:
+        if key in self._tables:
+            self._tables.move_to_end(key)
+            return self._tables[key]
+        table = self._tables[key] = read()
+        while len(self._tables) > 1 and sum(kept.nbytes for kept in self._tables.values()) > ROW_GROUP_CACHE:
+            self._tables.popitem(last=False)
+        return table
+
+
+_row_groups = _RowGroups()

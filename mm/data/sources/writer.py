@@ -1,0 +1,112 @@
+"""WebDataset shards and cards whose bytes depend on their samples alone: no clocks, no users, no machine names.
+
+samples ──cut by count──▶ {name}-0000.tar, {name}-0001.tar, …   each written beside its place, then renamed
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import yaml
+from webdataset.writer import TarWriter
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One sample of a shard: `key` names it, `fields` maps extensions (``webp``, ``txt``, ``json``) to contents.
+
+    Bytes are written as they are, text as UTF-8, and anything under a ``json`` extension as compact JSON.
+    """
+
+    key: str
+    fields: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a build wrote: samples per split, and how many records it left out for which reason."""
+
+    samples: dict[str, int]
+    skipped: Counter[str] = field(default_factory=Counter)
+
+
+def rank(*names: object) -> int:
+    """A 64-bit number that depends on the names alone: the way to shuffle and to choose that is the same everywhere.
+
+    Python's `hash` changes with the process and `random` may change with the version; BLAKE2b does neither.
+    """
+    text = "\x1f".join(map(str, names))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def split_of(key: str, validation: float) -> str:
+    """``train``, or ``validation`` for that share of all keys."""
+    return "validation" if rank("split", key) < validation * 2**64 else "train"
+
+
+def write_shards(members: Iterable[Member], folder: Path, name: str, samples_per_shard: int) -> int:
+    """Number of samples written to the shards ``{name}-{0000…}.tar`` of `folder`.
+
+    A shard appears under its name only when it is complete, so an interrupted build leaves nothing half-written; shards
+    of that name from an earlier build are removed first.
+
+    Raises:
+        ValueError: two samples of one shard have the same key, which readers would merge into one.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob(f"{name}-[0-9][0-9][0-9][0-9].tar"):
+        old.unlink()
+    samples = 0
+    for number, chunk in enumerate(_chunks(members, samples_per_shard)):
+        path = folder / f"{name}-{number:04d}.tar"
+        unfinished = path.with_suffix(".tar.part")
+        _write_shard(chunk, unfinished)
+        unfinished.replace(path)
+        samples += len(chunk)
+    return samples
+
+
+def write_card(path: Path, card: Mapping[str, Any]) -> None:
+    """Writes a data card, see `mm.data.card`; ``format: webdataset`` is added.
+
+    Where its ``splits`` are a list of names, the shards of a split are those beside the card that bear its name.
+    """
+    splits = card["splits"]
+    if not isinstance(splits, Mapping):
+        splits = {split: {"shards": [f"{split}-*.tar"]} for split in splits}
+    text = yaml.safe_dump(
+        {**card, "format": "webdataset", "splits": splits}, sort_keys=False, allow_unicode=True, width=120
+    )
+    path.write_text(text, encoding="utf-8")
+
+
+def _write_shard(members: Iterable[Member], path: Path) -> None:
+    keys: set[str] = set()
+    with path.open("wb") as stream, TarWriter(stream, user="mm", group="mm", mtime=0, encoder=False) as tar:
+        for member in members:
+            if member.key in keys:
+                raise ValueError(f"{path.name}: two samples have the key {member.key!r}; keys must differ in a shard")
+            keys.add(member.key)
+            fields = {extension: _encode(extension, value) for extension, value in member.fields.items()}
+            tar.write({"__key__": member.key, **fields})
+
+
+def _encode(extension: str, value: Any) -> bytes:
+    if isinstance(value, bytes):
+        return value
+    if extension.endswith("json"):
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    return str(value).encode()
+
+
+def _chunks(members: Iterable[Member], size: int) -> Iterator[list[Member]]:
+    stream = iter(members)
+    while chunk := list(islice(stream, size)):
+        yield chunk

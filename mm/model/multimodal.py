@@ -1,0 +1,196 @@
+"""Encoders, adapters and one decoder: from a batch to its loss.
+
+media ─encoder─▶ features ─adapter─▶ embeddings ┐
+                                                ├─▶ (T, D) ─decoder─▶ hidden ─head, at labels only─▶ Σ wℓ
+tokens ───────────────embed───────▶ embeddings ─┘
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mm.configure import RecipeError, build
+from mm.encoders.base import Adapter, Encoder, Grid
+from mm.layers.cross_entropy import Losses, linear_cross_entropy
+from mm.layers.layout import Layout
+from mm.model.decoder import Decoder, DecoderConfig
+from mm.model.hub import load_decoder, read_decoder_config
+from mm.packing.batch import IGNORE, Batch, Media
+from mm.packing.collate import Entrance
+from mm.sample import Modality
+
+
+class SlotMismatch(RuntimeError):
+    """The encoder gave another number of embeddings than the plan promised.
+
+    Writing them anyway would shift every later item onto the wrong words without any sign.
+    """
+
+    def __init__(self, modality: Modality, promised: int, given: int) -> None:
+        super().__init__(
+            f"the plan promised {promised} {modality.label} embeddings and the encoder with its adapter gave {given}; "
+            "`grid` of its transform, `length` of its adapter and what they compute must agree"
+        )
+
+
+@dataclass
+class DecoderOptions:
+    """Where the language model comes from: a checkpoint, or sizes to train from scratch.
+
+    pretrained: hub name, folder with safetensors, `.gguf` file, or ``package://PACKAGE/FILE``
+    config: fields of `DecoderConfig`
+    attention: backend of `mm.layers.attention.attend`
+    """
+
+    pretrained: str | None = None
+    config: dict[str, Any] | None = None
+    attention: str = "auto"
+
+    def resolve(self) -> DecoderConfig:
+        """The sizes of the decoder, without reading weights."""
+        if (self.pretrained is None) == (self.config is None):
+            raise RecipeError("model.decoder needs exactly one of `pretrained` (a checkpoint) and `config` (sizes)")
+        if self.pretrained is not None:
+            return read_decoder_config(self.pretrained)
+        return build({"_target_": "mm.model.decoder.DecoderConfig", **(self.config or {})}, DecoderConfig)
+
+
+@dataclass
+class ModelOptions:
+    """`model:` of a recipe. Each encoder is a component with its adapter: ``{_target_: …, adapter: {_target_: …}}``."""
+
+    decoder: DecoderOptions = field(default_factory=DecoderOptions)
+    encoders: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+class MultimodalLM(nn.Module):
+    """A decoder that reads text tokens and, in reserved slots, what the encoders saw."""
+
+    def __init__(self, decoder: Decoder, encoders: dict[Modality, tuple[Encoder, Adapter]]) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.encoders = nn.ModuleDict({modality.label: encoder for modality, (encoder, _) in encoders.items()})
+        self.adapters = nn.ModuleDict({modality.label: adapter for modality, (_, adapter) in encoders.items()})
+
+    @property
+    def modalities(self) -> tuple[Modality, ...]:
+        """Modalities that enter through an encoder, in a fixed order, the same on every rank."""
+        return tuple(modality for modality in Modality if modality.label in self.encoders)
+
+    @property
+    def entrances(self) -> dict[Modality, Entrance]:
+        """What the planner and the loader need to know of the encoders."""
+        return {
+            modality: Entrance(self._encoder(modality).transform, self._adapter(modality))
+            for modality in self.modalities
+        }
+
+    def forward(self, batch: Batch, z_loss: float = 0.0) -> Losses:
+        """Weighted next-token loss of a batch, summed (not averaged) over its labels, in stream order."""
+        predicting = (batch.labels != IGNORE).nonzero().squeeze(1)
+        hidden = self.hidden(batch).index_select(0, predicting)
+        return linear_cross_entropy(
+            hidden,
+            self.decoder.head_weight,
+            batch.labels.index_select(0, predicting),
+            batch.weights.index_select(0, predicting),
+            z_loss=z_loss,
+        )
+
+    def hidden(self, batch: Batch, layout: Layout | None = None) -> Tensor:
+        """(T, D) last hidden states, after the final norm."""
+        layout = layout or Layout(batch.offsets, batch.tokens.device)
+        return self.decoder(self.embed(batch), batch.positions, layout)
+
+    def embed(self, batch: Batch) -> Tensor:
+        """(T, D) input of the decoder: token embeddings with the media in their slots."""
+        embeddings = self.decoder.embed(batch.tokens)
+        for modality in self.modalities:
+            media = batch.media.get(modality)
+            if media is None:
+                embeddings = embeddings + 0.0 * self._dummy(modality, embeddings.device)
+            else:
+                embeddings = self._place(embeddings, modality, media)
+        return embeddings
+
+    def _place(self, embeddings: Tensor, modality: Modality, media: Media) -> Tensor:
+        features = self._encoder(modality)(**media.inputs)
+        given = self._adapter(modality)(features, media.grids)
+        if len(given) != len(media.slots):
+            raise SlotMismatch(modality, promised=len(media.slots), given=len(given))
+        return embeddings.index_copy(0, media.slots, given.to(embeddings.dtype))
+
+    def _dummy(self, modality: Modality, device: torch.device) -> Tensor:
+        """A finite scalar that went through the encoder, so that every rank calls it equally often."""
+        encoder = self._encoder(modality)
+        item, grid = encoder.transform.dummy()
+        inputs = {name: tensor.to(device) for name, tensor in encoder.transform.collate([item]).items()}
+        return self._adapter(modality)(encoder(**inputs), [grid]).sum()
+
+    def flops(self, batch: Batch) -> dict[str, float]:
+        """Forward FLOPs of the batch by part: ``encoders.image``, ``adapters.image``, …, ``decoder``, ``head``."""
+        parts = {}
+        for modality, media in batch.media.items():
+            parts[f"encoders.{modality.label}"] = sum(self._encoder(modality).flops(grid) for grid in media.grids)
+            parts[f"adapters.{modality.label}"] = sum(self._adapter(modality).flops(grid) for grid in media.grids)
+        real = batch.rows[:, 0] >= 0
+        parts["decoder"] = self.decoder.flops(batch.offsets.diff()[real].tolist())
+        parts["head"] = self.decoder.head_flops(int((batch.labels != IGNORE).sum()))
+        return parts
+
+    def media_flops(self, modality: Modality, grid: Grid) -> float:
+        """Forward FLOPs of one item in its encoder and adapter."""
+        return self._encoder(modality).flops(grid) + self._adapter(modality).flops(grid)
+
+    def _encoder(self, modality: Modality) -> Encoder:
+        encoder = self.encoders[modality.label]
+        assert isinstance(encoder, Encoder)
+        return encoder
+
+    def _adapter(self, modality: Modality) -> Adapter:
+        adapter = self.adapters[modality.label]
+        assert isinstance(adapter, Adapter)
+        return adapter
+
+
+def build_model(options: ModelOptions, *, meta: bool = False) -> MultimodalLM:
+    """The model of a recipe, with its pretrained parts loaded.
+
+    Args:
+        meta: build on the meta device without reading any weights, for planning and for loading a checkpoint.
+    """
+    encoders = {}
+    with torch.device("meta" if meta else "cpu"):
+        config = options.decoder.resolve()
+        if meta or options.decoder.pretrained is None:
+            decoder = Decoder(config)
+        else:
+            decoder = load_decoder(options.decoder.pretrained)
+        decoder.attention_backend = options.decoder.attention
+        for name, spec in options.encoders.items():
+            encoders[_modality(name)] = _build_encoder(name, spec, config.width)
+    return MultimodalLM(decoder, encoders)
+
+
+def _modality(name: str) -> Modality:
+    allowed = [modality.label for modality in Modality if modality is not Modality.TEXT]
+    if name not in allowed:
+        raise RecipeError(f"model.encoders.{name}: not a modality; allowed: {', '.join(allowed)}")
+    return Modality[name.upper()]
+
+
+def _build_encoder(name: str, spec: dict[str, Any], width: int) -> tuple[Encoder, Adapter]:
+    if "adapter" not in spec:
+        raise RecipeError(f"model.encoders.{name} has no `adapter`: say how its features become embeddings")
+    encoder_spec = {key: value for key, value in spec.items() if key != "adapter"}
+    encoder = build(encoder_spec, Encoder)
+    if encoder.transform.modality != _modality(name):
+        raise RecipeError(
+            f"model.encoders.{name} is {spec.get('_target_')}, which takes {encoder.transform.modality.label}"
+        )
+    adapter = build(spec["adapter"], Adapter, features=encoder.width, width=width)
+    return encoder, adapter

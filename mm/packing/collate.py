@@ -1,0 +1,223 @@
+"""A sample becomes a document, and documents become a batch.
+
+    Sample ─render─▶ pieces ─document─▶ Document ─collate─▶ Batch
+           (tokenizer)      (transforms)         (shift, slots)
+
+`Processor.length` answers from header facts what `Processor.document` will give once the file is decoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mm import media
+from mm.encoders.base import Adapter, Grid, Transform
+from mm.packing.batch import IGNORE, Batch, Media
+from mm.sample import Modality, Sample
+from mm.tokenizers.text import Piece, TextTokenizer
+
+
+class LengthMismatch(RuntimeError):
+    """A well-formed sample came out longer or shorter than the plan promised: an error of the suite, never of the data.
+
+    Packing it anyway would overflow the pack or shift every later document.
+    """
+
+
+class Entrance(NamedTuple):
+    """How one modality enters: `adapter` is only asked for lengths, so it may live on the meta device."""
+
+    transform: Transform
+    adapter: Adapter
+
+
+class Item(NamedTuple):
+    """One media item of a document: the prepared tensor, its feature grid, its first slot and their number."""
+
+    modality: Modality
+    prepared: Tensor
+    grid: Grid
+    start: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A sample as L tokens.
+
+    tokens: (L,) int64, the pad token in media slots
+    weights: (L,) float32 loss weight of each token *as a target*
+    modality: (L,) int8
+    """
+
+    tokens: np.ndarray
+    weights: np.ndarray
+    modality: np.ndarray
+    items: tuple[Item, ...]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def cut(self, length: int) -> Document:
+        """The first `length` tokens. The plan never cuts inside or before a media run."""
+        if any(item.start + item.length > length for item in self.items):
+            raise LengthMismatch(f"cutting a document of {len(self)} tokens to {length} would cut a media run")
+        return Document(self.tokens[:length], self.weights[:length], self.modality[:length], self.items)
+
+
+class TextLength(NamedTuple):
+    """Text tokens of a sample, and how many of them stand before its last media item ends."""
+
+    tokens: int
+    before_last_media: int
+
+
+@dataclass(frozen=True)
+class Processor:
+    """Everything that turns samples into documents. Picklable: it travels into loader workers."""
+
+    text: TextTokenizer
+    entrances: Mapping[Modality, Entrance]
+
+    def text_length(self, sample: Sample) -> TextLength:
+        """Length of the text of a sample; media are counted by `media_length`."""
+        tokens = before = 0
+        for piece in self.text.render(sample):
+            tokens += len(piece.ids)
+            if piece.part is not None:
+                before = tokens
+        return TextLength(tokens, before)
+
+    def media_length(self, modality: Modality, facts: media.Facts) -> int:
+        """Embeddings that an item gives, from its header facts alone."""
+        entrance = self.entrance(modality)
+        return entrance.adapter.length(entrance.transform.grid(facts))
+
+    def entrance(self, modality: Modality) -> Entrance:
+        """The way in of a modality; a `KeyError` with advice when the recipe has none."""
+        try:
+            return self.entrances[modality]
+        except KeyError:
+            raise KeyError(
+                f"the data holds {modality.label} but the recipe has no encoder for it; "
+                f"add model.encoders.{modality.label}"
+            ) from None
+
+    def document(self, sample: Sample) -> Document:
+        """The sample decoded and tokenised.
+
+        Raises:
+            BrokenMedia: a file cannot be decoded.
+        """
+        return self.assemble(self.text.render(sample))
+
+    def assemble(self, pieces: Iterable[Piece]) -> Document:
+        """Rendered pieces as a document, with their media decoded and prepared."""
+        tokens, weights, modality, items = [], [], [], []
+        length = 0
+        for piece in pieces:
+            if piece.part is None:
+                kind, size = Modality.TEXT, len(piece.ids)
+                tokens.extend(piece.ids)
+            else:
+                kind = piece.part.modality
+                entrance = self.entrance(kind)
+                grid = entrance.transform.grid(media.facts(piece.part))
+                size = entrance.adapter.length(grid)
+                prepared = entrance.transform.prepare(media.decode(piece.part))
+                items.append(Item(kind, prepared, grid, length, size))
+                tokens.extend([self.text.pad] * size)
+            weights.extend([1.0 if piece.loss and piece.part is None else 0.0] * size)
+            modality.extend([kind] * size)
+            length += size
+        return Document(
+            np.array(tokens, np.int64), np.array(weights, np.float32), np.array(modality, np.int8), tuple(items)
+        )
+
+    def padding(self, length: int) -> Document:
+        """A document without content or loss, in the place of a broken sample or at the end of a pack."""
+        return Document(
+            np.full(length, self.text.pad, np.int64), np.zeros(length, np.float32), np.zeros(length, np.int8), ()
+        )
+
+    def collate(
+        self,
+        packs: Sequence[Sequence[Document]],
+        rows: Sequence[Sequence[tuple[int, int]]],
+        *,
+        capacity: int | None = None,
+        broken: Sequence[tuple[str, str]] = (),
+    ) -> Batch:
+        """A batch of packs, each a list of documents with their (source, row).
+
+        Args:
+            capacity: pad every pack to this many tokens, for compiled code with static shapes; None adds nothing.
+            broken: (sample, reason) of what was replaced by padding, for the run's ledger.
+        """
+        documents: list[Document] = []
+        owners: list[tuple[int, int]] = []
+        pack_starts = [0]
+        for pack, pack_rows in zip(packs, rows, strict=True):
+            size = sum(len(document) for document in pack)
+            documents.extend(pack)
+            owners.extend(pack_rows)
+            spare = 1 if size == 0 else 0
+            if capacity is not None:
+                spare = capacity - size
+            if spare < 0:
+                raise LengthMismatch(f"a pack of {size} tokens is over its capacity of {capacity}")
+            if spare:
+                documents.append(self.padding(spare))
+                owners.append((-1, -1))
+            pack_starts.append(pack_starts[-1] + size + spare)
+
+        offsets = np.cumsum([0, *(len(document) for document in documents)])
+        tokens = np.concatenate([document.tokens for document in documents])
+        targets = np.concatenate([document.weights for document in documents])
+        labels, weights = _shift(tokens, targets, offsets)
+        return Batch(
+            tokens=torch.from_numpy(tokens),
+            positions=torch.from_numpy(np.concatenate([np.arange(len(document)) for document in documents])),
+            labels=torch.from_numpy(labels),
+            weights=torch.from_numpy(weights),
+            modality=torch.from_numpy(np.concatenate([document.modality for document in documents])),
+            offsets=torch.from_numpy(offsets.astype(np.int32)),
+            packs=torch.tensor(pack_starts, dtype=torch.int32),
+            rows=torch.tensor(owners, dtype=torch.int64).reshape(-1, 2),
+            media=self._media(documents, offsets),
+            broken=tuple(broken),
+        )
+
+    def _media(self, documents: Sequence[Document], offsets: np.ndarray) -> dict[Modality, Media]:
+        found: dict[Modality, list[tuple[int, Item]]] = {}
+        for number, document in enumerate(documents):
+            for item in document.items:
+                found.setdefault(item.modality, []).append((number, item))
+        media_by_modality = {}
+        for modality, placed in found.items():
+            slots = [np.arange(item.length) + item.start + offsets[number] for number, item in placed]
+            media_by_modality[modality] = Media(
+                inputs=self.entrances[modality].transform.collate([item.prepared for _, item in placed]),
+                grids=tuple(item.grid for _, item in placed),
+                slots=torch.from_numpy(np.concatenate(slots)),
+                documents=torch.tensor([number for number, _ in placed]),
+            )
+        return media_by_modality
+
+
+def _shift(tokens: np.ndarray, targets: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Labels and weights of the positions that predict: what follows, within the same document."""
+    labels = np.full_like(tokens, IGNORE)
+    weights = np.zeros_like(targets)
+    bears = targets[1:] > 0
+    bears[offsets[1:-1] - 1] = False  # the last token of a document would predict the next document's first
+    predicting = np.flatnonzero(bears)
+    labels[predicting] = tokens[predicting + 1]
+    weights[predicting] = targets[predicting + 1]
+    return labels, weights

@@ -1,0 +1,114 @@
+"""The plan's numbers become batches: read bytes at their place, decode, prepare, collate.
+
+A map-style dataset, so that a loader worker can make any micro-step of any rank without having made the ones before.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+from torch.utils.data import Dataset
+
+from mm.data.card import BrokenSample
+from mm.media import BrokenMedia
+from mm.packing.batch import Batch
+from mm.packing.collate import Document, LengthMismatch, Processor
+from mm.packing.plan import Plan
+from mm.sample import Sample
+
+RETRIES = 4
+FIRST_WAIT = 0.5  # seconds; doubles with each retry
+
+
+class Samples(Protocol):
+    """What this room needs of an index: the sample of a row."""
+
+    def sample(self, row: int, choice: int) -> Sample: ...
+
+
+class MicroStep(NamedTuple):
+    """What one rank works on between two meetings of all ranks: some packs of the plan, -1 for an empty one."""
+
+    step: int
+    packs: tuple[int, ...]
+
+
+class Materialiser(Dataset[Batch]):
+    """Batches of a plan.
+
+    Args:
+        plan: which rows share which pack.
+        sources: one index per source of the plan, in its order.
+        names: the sources' names, for messages.
+        capacity: pad packs to this length (static shapes), or None.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        sources: Sequence[Samples],
+        processor: Processor,
+        *,
+        names: Sequence[str],
+        capacity: int | None = None,
+    ) -> None:
+        self.plan = plan
+        self.sources = list(sources)
+        self.processor = processor
+        self.names = list(names)
+        self.capacity = capacity
+
+    def __getitem__(self, micro_step: MicroStep) -> Batch:
+        broken: list[tuple[str, str]] = []
+        packs, rows = [], []
+        for number in micro_step.packs:
+            documents, owners = self._pack(number, broken) if number >= 0 else ([], [])
+            packs.append(documents)
+            rows.append(owners)
+        return self.processor.collate(packs, rows, capacity=self.capacity, broken=broken)
+
+    def _pack(self, number: int, broken: list[tuple[str, str]]) -> tuple[list[Document], list[tuple[int, int]]]:
+        pack = self.plan.pack(number)
+        documents, owners = [], []
+        for source, row, choice, length in zip(
+            pack.source.tolist(), pack.row.tolist(), pack.choice.tolist(), pack.length.tolist(), strict=True
+        ):
+            documents.append(self._document(source, row, choice, length, broken))
+            owners.append((source, row))
+        return documents, owners
+
+    def _document(self, source: int, row: int, choice: int, length: int, broken: list[tuple[str, str]]) -> Document:
+        """The row as a document of exactly the promised length; padding if its data is broken."""
+        name = f"{self.names[source]}, row {row}"
+        try:
+            sample = read_patiently(lambda: self.sources[source].sample(row, choice), name)
+            name = f"{self.names[source]}, row {row} ({sample.key})"
+            document = self.processor.document(sample)
+        except (BrokenMedia, BrokenSample) as error:
+            broken.append((name, str(error)))
+            return self.processor.padding(length)
+        if len(document) > length:
+            document = document.cut(length)
+        if len(document) != length:
+            raise LengthMismatch(
+                f"{name}: the plan promised {length} tokens, the sample has {len(document)}. Was the tokenizer or an "
+                "encoder changed after planning? Delete the run's plan folder to plan anew"
+            )
+        return document
+
+
+def read_patiently(read: Callable[[], Sample], name: str) -> Sample:
+    """`read()`, tried again when the disk or the network fails; the last failure is raised with the sample's name."""
+    wait = FIRST_WAIT
+    for attempt in range(RETRIES + 1):
+        try:
+            return read()
+        except (ConnectionError, TimeoutError, OSError) as error:
+            if attempt == RETRIES or isinstance(error, FileNotFoundError | PermissionError):
+                error.add_note(f"while reading {name}, after {attempt + 1} attempts")
+                raise
+            time.sleep(wait)
+            wait *= 2
+    raise AssertionError("unreachable")

@@ -1,0 +1,65 @@
+"""The recipe's `packing:` section."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from mm.packing.fit import POLICIES
+
+TOO_LONG = ("drop", "truncate")
+
+
+@dataclass(frozen=True)
+class PackingOptions:
+    """How samples become packs.
+
+    capacity: most tokens in a pack
+    limits: most items in a pack by quantity, such as ``{image: 16}``; what is not named has no limit
+    batch: packs in a global batch; None if `batch_tokens` is given
+    batch_tokens: tokens in a global batch, rounded to whole packs
+    window: packs that are planned at a time, about: a window takes this many times `capacity` tokens from the sources.
+        Larger windows fill a little better and shuffle wider; the first step waits for one window
+    shuffle_shards: shards whose rows are shuffled together. Reads stay within this many shards a source
+    too_long: what happens to a sample with more tokens than `capacity`: ``drop`` it, or ``truncate`` its text at the
+        end if no media item is cut by that, and else drop it
+    policy: ``first-fit-decreasing``, ``in-order`` (next-fit) or ``one-per-pack`` (no packing)
+    """
+
+    capacity: int = 4096
+    limits: dict[str, int] = field(default_factory=dict)
+    batch: int | None = 64
+    batch_tokens: int | None = None
+    window: int = 2048
+    shuffle_shards: int = 8
+    too_long: str = "drop"
+    policy: str = "first-fit-decreasing"
+
+    def __post_init__(self) -> None:
+        for name in ("capacity", "window", "shuffle_shards"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"packing.{name} must be at least 1, not {getattr(self, name)}")
+        for name, limit in self.limits.items():
+            if limit < 0:
+                raise ValueError(f"packing.limits.{name} must be at least 0, not {limit}")
+        if (self.batch is None) == (self.batch_tokens is None):
+            raise ValueError(
+                f"give one of packing.batch and packing.batch_tokens, the other null; "
+                f"they are {self.batch} and {self.batch_tokens}"
+            )
+        if (self.batch or self.batch_tokens or 0) < 1:
+            raise ValueError("packing.batch and packing.batch_tokens must be at least 1")
+        for name, allowed in (("too_long", TOO_LONG), ("policy", tuple(POLICIES))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"packing.{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+
+    @property
+    def packs_per_batch(self) -> int:
+        """Packs in a global batch, whichever way it was given."""
+        if self.batch is not None:
+            return self.batch
+        return max(1, round((self.batch_tokens or 0) / self.capacity))
+
+    def of_plan(self) -> dict[str, Any]:
+        """The options that a plan depends on: all but the global batch, which may change when a run is resumed."""
+        return {name: value for name, value in asdict(self).items() if name not in ("batch", "batch_tokens")}

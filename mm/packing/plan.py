@@ -1,0 +1,572 @@
+"""Which samples share which pack: an append-only artefact on disk, made ahead of training and never recomputed.
+
+    sources ──quotas in tokens──▶ window ──policy──▶ packs ──shuffle──▶ 000007.000000012288-000000014336.npz
+       ▲                            ▲                  │
+       └── cursors, quota debts     └── worst packs ◀──┘        kept in the window file: any process can go on from it
+
+Steps run over the concatenated packs of all windows: global batch i is packs ``[i·B, (i + 1)·B)``. The batches depend
+on the sources, the options and the seed alone: not on the number of ranks or workers, nor on when or where windows are
+made.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, Self
+
+import numpy as np
+from filelock import FileLock
+
+from mm.packing.fit import POLICIES, lower_bound
+from mm.packing.hashing import shuffled
+from mm.packing.options import PackingOptions
+from mm.packing.streams import QUANTITIES, ROW, Source, Stream, Taken
+
+__all__ = ["QUANTITIES", "PackRows", "PackingOptions", "Plan", "PlanChanged", "PlanReader", "Source", "Statistics"]
+
+FORMAT = 1
+"""Changes with anything that gives other packs or files for the same inputs."""
+
+CARRIED = 64
+"""One pack in this many, the least full, is opened again in the next window."""
+
+SHARE_UNIT = 2**32
+OPEN_WINDOWS = 8  # kept in memory by a reader
+WINDOW_NAME = re.compile(r"(\d{6,})\.(\d{12,})-(\d{12,})(\.last)?\.npz")
+
+
+class PlanChanged(ValueError):
+    """The folder holds a plan for other inputs. Going on would repeat some samples and leave out others."""
+
+
+class PlanDamaged(ValueError):
+    """A window file is missing from the folder."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackRows:
+    """The k samples of a pack, in order.
+
+    source: (k,) number of the source; row: (k,) row in it; choice, epoch: (k,) as drawn
+    length: (k,) tokens in the pack; truncated: (k,) bool, whether the text is cut to that length
+    """
+
+    source: np.ndarray
+    row: np.ndarray
+    choice: np.ndarray
+    epoch: np.ndarray
+    length: np.ndarray
+    truncated: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class SourceStatistics:
+    """What was planned of a source; samples that wait for the next window are not counted.
+
+    share: of all tokens; epochs: rows passed over the rows there are
+    items, media_tokens: by quantity; dropped: rows by reason
+    """
+
+    samples: int
+    tokens: int
+    share: float
+    epochs: float
+    truncated: int
+    items: dict[str, int]
+    media_tokens: dict[str, int]
+    dropped: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """What was planned so far.
+
+    fill: tokens / (packs · capacity)
+    lower_bound: packs that no packing could do without, max(ΣL / capacity, Σn / limit)
+    ended_by: None while there is more to plan, else the source that ran dry, or "all sources"
+    """
+
+    packs: int
+    samples: int
+    tokens: int
+    fill: float
+    lower_bound: float
+    ended_by: str | None
+    sources: dict[str, SourceStatistics]
+
+
+@dataclass
+class State:
+    """Where planning stands after a window, for S sources, M quantities and R reasons. Saved with the window.
+
+    cursors: (S,) positions of the streams; debts: (S,) tokens still owed to each source by its share
+    carried: (k,) `ROW` samples for the next window
+    ended: 0 while there is more, 1 + the source that ran dry, or -1 if all did
+    The rest are totals from the first window on.
+    """
+
+    cursors: np.ndarray
+    debts: np.ndarray
+    carried: np.ndarray
+    ended: np.ndarray
+    samples: np.ndarray
+    tokens: np.ndarray
+    truncated: np.ndarray
+    items: np.ndarray
+    media_tokens: np.ndarray
+    dropped: np.ndarray
+
+    @classmethod
+    def at_start(cls, cursors: Sequence[int], quantities: int, reasons: int) -> Self:
+        sources = len(cursors)
+        zero = np.zeros(sources, np.int64)
+        return cls(
+            cursors=np.array(cursors, np.int64),
+            debts=zero,
+            carried=np.empty(0, ROW),
+            ended=np.zeros((), np.int64),
+            samples=zero,
+            tokens=zero,
+            truncated=zero,
+            items=np.zeros((sources, quantities), np.int64),
+            media_tokens=np.zeros((sources, quantities), np.int64),
+            dropped=np.zeros((sources, reasons), np.int64),
+        )
+
+
+class WindowFile(NamedTuple):
+    """A window on disk; its name says which packs it holds, so that listing a folder is reading its index."""
+
+    path: Path
+    first: int
+    stop: int
+    last: bool
+
+
+class PlanReader:
+    """Packs of a plan that were made so far. Small and picklable: it travels into loader workers, which never plan."""
+
+    def __init__(self, folder: str | Path, packs_per_batch: int) -> None:
+        self.folder = Path(folder)
+        self.packs_per_batch = packs_per_batch
+        self._windows: list[WindowFile] = []
+        self._loaded: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self.refresh()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PlanReader, (self.folder, self.packs_per_batch)
+
+    def refresh(self) -> None:
+        """Looks for windows that another process has added."""
+        names = sorted(path.name for path in self.folder.iterdir() if WINDOW_NAME.fullmatch(path.name))
+        for name in names[len(self._windows) :]:
+            match = WINDOW_NAME.fullmatch(name)
+            assert match is not None
+            number, first, stop = (int(group) for group in match.groups()[:3])
+            if number != len(self._windows) or first != self.planned:
+                raise PlanDamaged(
+                    f"{self.folder}: window {len(self._windows)} from pack {self.planned} on is missing; found {name}. "
+                    "Restore the file, or delete the folder to plan anew (earlier checkpoints cannot be resumed then)"
+                )
+            self._windows.append(WindowFile(self.folder / name, first, stop, match[4] is not None))
+
+    @property
+    def planned(self) -> int:
+        """Number of packs made so far."""
+        return self._windows[-1].stop if self._windows else 0
+
+    @property
+    def ended(self) -> bool:
+        """Whether no further packs will ever be made."""
+        return bool(self._windows) and self._windows[-1].last
+
+    def pack(self, number: int) -> PackRows:
+        """The samples of a pack.
+
+        Raises:
+            IndexError: the pack was not planned (yet).
+        """
+        if number >= self.planned:
+            self.refresh()
+        if not 0 <= number < self.planned:
+            raise IndexError(f"pack {number} of {self.folder}: {self._extent()}")
+        window = bisect_right(self._windows, number, key=lambda window: window.stop)
+        rows, starts = self._load(window)
+        within = number - self._windows[window].first
+        samples = rows[starts[within] : starts[within + 1]]
+        return PackRows(**{field.name: samples[field.name] for field in fields(PackRows)})
+
+    def batch(self, step: int) -> list[int]:
+        """Pack numbers of a global batch; -1 fills up the last one.
+
+        Raises:
+            IndexError: some of its packs were not planned (yet).
+        """
+        return self.batch_from(step * self.packs_per_batch)
+
+    def batch_from(self, first: int) -> list[int]:
+        """Pack numbers of the global batch that begins with pack `first`, for runs whose batch size has changed."""
+        stop = first + self.packs_per_batch
+        if stop > self.planned:
+            self.refresh()
+        if not 0 <= first < self.planned or (stop > self.planned and not self.ended):
+            raise IndexError(f"packs {first} to {stop - 1} of {self.folder}: {self._extent()}")
+        return [number if number < self.planned else -1 for number in range(first, stop)]
+
+    def _extent(self) -> str:
+        if self.ended:
+            return f"the plan ends after {self.planned} packs"
+        return f"{self.planned} packs are planned; Plan.ensure makes more"
+
+    def _load(self, window: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and pack starts of a window; the least recently used one makes room."""
+        if window in self._loaded:
+            self._loaded[window] = self._loaded.pop(window)
+        else:
+            with np.load(self._windows[window].path, allow_pickle=False) as file:
+                self._loaded[window] = file["rows"], file["starts"]
+            if len(self._loaded) > OPEN_WINDOWS:
+                del self._loaded[next(iter(self._loaded))]
+        return self._loaded[window]
+
+
+class Plan(PlanReader):
+    """A plan that can be continued. Pickled, it becomes its `PlanReader`: workers need neither columns nor quotas.
+
+    Weights are shares of tokens and hold at any time, to about one sample a source. A plan with weights ends when the
+    first source with a bound on its epochs runs dry. Without weights every source gets the share at which all end
+    together, and the plan ends when all have. A source without any bound never ends.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        streams: Sequence[Stream],
+        options: PackingOptions,
+        seed: int,
+        shares: Sequence[int],
+        start: Mapping[str, int],
+        fingerprint: str,
+    ) -> None:
+        """Use `Plan.open`."""
+        super().__init__(folder, options.packs_per_batch)
+        self.options = options
+        self.seed = seed
+        self.fingerprint = fingerprint
+        self.sources = [stream.source for stream in streams]
+        self.weighted = self.sources[0].weight is not None
+        self.quantities = self.sources[0].quantities
+        self._streams = streams
+        self._shares = shares
+        self._start = [start.get(source.name, 0) for source in self.sources]
+        self._limited = [number for number, name in enumerate(self.quantities) if name in options.limits]
+        self._limits = np.array([options.limits[self.quantities[number]] for number in self._limited], np.int64)
+
+    @classmethod
+    def open(
+        cls,
+        folder: str | Path,
+        sources: Sequence[Source],
+        options: PackingOptions,
+        seed: int,
+        epochs: float | None = None,
+        start: Mapping[str, int] | None = None,
+    ) -> Self:
+        """The plan in a folder, created or continued. Several processes may hold it; one at a time plans.
+
+        Args:
+            epochs: for sources that do not say how often their rows are seen; None: endlessly.
+            start: positions where sources begin, from `cursors` of an earlier stage's plan; 0 for those not named.
+
+        Raises:
+            PlanChanged: the folder holds a plan for other inputs.
+            ValueError: a source has no usable row, or the sources and options do not go together.
+        """
+        start = start or {}
+        _check_sources(sources, options, start)
+        streams = [Stream(source, number, options, seed, epochs) for number, source in enumerate(sources)]
+        parts = _parts(sources, options, seed, epochs, start)
+        fingerprint = blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "plan.json"
+        with FileLock(folder / "lock"):
+            if path.exists():
+                known = json.loads(path.read_text())
+                _check_unchanged(folder, known["parts"], parts)
+                shares = known["shares"]
+            else:
+                shares = _shares(streams, start)
+                entry = {"fingerprint": fingerprint, "parts": parts, "shares": shares}
+                with replacing(path) as file:
+                    file.write(json.dumps(entry, indent=1).encode())
+        return cls(folder, streams, options, seed, shares, start, fingerprint)
+
+    def reader(self) -> PlanReader:
+        """A reader of the packs, for loader workers."""
+        return PlanReader(self.folder, self.packs_per_batch)
+
+    def ensure(self, packs: int) -> int:
+        """Plans until there are `packs` packs, or the sources end; returns how many there are."""
+        if self.planned < packs and not self.ended:
+            with FileLock(self.folder / "lock"):
+                self.refresh()
+                while self.planned < packs and not self.ended:
+                    self._append()
+        return self.planned
+
+    @property
+    def endless(self) -> bool:
+        """Whether the plan has no end."""
+        bounded = [stream.end is not None for stream in self._streams]
+        return not (any(bounded) if self.weighted else all(bounded))
+
+    def total_packs(self) -> int | None:
+        """Packs until the end, which plans everything; None if there is no end."""
+        if self.endless:
+            return None
+        while not self.ended:
+            self.ensure(self.planned + 1)
+        return self.planned
+
+    def total_steps(self) -> int | None:
+        """Global batches until the end, which plans everything; None if there is no end."""
+        packs = self.total_packs()
+        return None if packs is None else -(-packs // self.packs_per_batch)
+
+    def cursors(self, packs: int) -> dict[str, int]:
+        """Positions of the sources after the windows of the first `packs` packs: where a next stage may `start`.
+
+        Samples of the last of these windows beyond the packs, and those carried over, are then passed over.
+        """
+        windows = [window for window in self._windows if window.first < packs]
+        state = self._state(windows[-1] if windows else None)
+        return dict(zip((source.name for source in self.sources), state.cursors.tolist(), strict=True))
+
+    def statistics(self) -> Statistics:
+        """What was planned so far, by source."""
+        state = self._state(self._windows[-1] if self._windows else None)
+        tokens = int(state.tokens.sum())
+        items = state.items[:, self._limited].sum(axis=0)[None]
+        ended = int(state.ended)
+        return Statistics(
+            packs=self.planned,
+            samples=int(state.samples.sum()),
+            tokens=tokens,
+            fill=tokens / (self.planned * self.options.capacity) if self.planned else 0.0,
+            lower_bound=lower_bound(state.tokens, self.options.capacity, items, self._limits),
+            ended_by=None if not ended else "all sources" if ended < 0 else self.sources[ended - 1].name,
+            sources={
+                stream.source.name: SourceStatistics(
+                    samples=int(state.samples[number]),
+                    tokens=int(state.tokens[number]),
+                    share=float(state.tokens[number] / max(tokens, 1)),
+                    epochs=float(state.cursors[number] / stream.source.rows),
+                    truncated=int(state.truncated[number]),
+                    items=dict(zip(self.quantities, state.items[number].tolist(), strict=True)),
+                    media_tokens=dict(zip(self.quantities, state.media_tokens[number].tolist(), strict=True)),
+                    dropped=dict(zip(stream.reasons, state.dropped[number].tolist(), strict=True)),
+                )
+                for number, stream in enumerate(self._streams)
+            },
+        )
+
+    def _state(self, window: WindowFile | None) -> State:
+        """Where planning stood after a window; at the start before the first."""
+        if window is None:
+            return State.at_start(self._start, len(self.quantities), len(self._streams[0].reasons))
+        with np.load(window.path, allow_pickle=False) as file:
+            return State(**{field.name: file[field.name] for field in fields(State)})
+
+    def _append(self) -> None:
+        """Plans one window and writes it: wholly, or, if the process dies, not at all."""
+        number, first = len(self._windows), self.planned
+        rows, starts, state = self._plan_window(number, self._state(self._windows[-1] if self._windows else None))
+        ending = ".last" if state.ended else ""
+        name = f"{number:06d}.{first:012d}-{first + len(starts) - 1:012d}{ending}.npz"
+        with replacing(self.folder / name) as file:
+            np.savez(file, rows=rows, starts=starts, **vars(state))
+        self.refresh()
+
+    def _plan_window(self, window: int, before: State) -> tuple[np.ndarray, np.ndarray, State]:
+        """(k,) `ROW` samples, (p + 1,) starts of their packs, and the state after the window."""
+        taken, debts, ended = self._take(before)
+        rows = np.concatenate([before.carried, *(part.rows for part in taken)])
+        rows["carried"][: len(before.carried)] = True
+        rows = rows[shuffled(len(rows), self.seed, "samples", window)]
+        counts = self._of_rows([source.counts for source in self.sources], rows)[:, self._limited]
+        packs = POLICIES[self.options.policy](rows["length"], self.options.capacity, counts, self._limits)
+
+        keep = np.ones(packs.number, bool)
+        if not ended and packs.number:
+            used = np.column_stack([packs.sums(rows["length"]), packs.sums(counts)])
+            fullness = (used / np.maximum([self.options.capacity, *self._limits], 1)).max(axis=1)
+            # A sample waits for one window at most, however badly it fits.
+            fullness[packs.sums(rows["carried"]) > 0] = 1.0
+            worst = np.argsort(fullness, kind="stable")[: max(1, packs.number // CARRIED)]
+            keep[worst[fullness[worst] < 1.0]] = False
+        carried = rows[packs.take(np.flatnonzero(~keep)).order]
+        kept = np.flatnonzero(keep)
+        packs = packs.take(kept[shuffled(len(kept), self.seed, "packs", window)])
+        rows = rows[packs.order]
+
+        def by_source(values: np.ndarray) -> np.ndarray:
+            return np.bincount(rows["source"], values, len(self.sources)).astype(np.int64)
+
+        def by_source_and_quantity(columns: list[np.ndarray | None]) -> np.ndarray:
+            return np.column_stack([by_source(column) for column in self._of_rows(columns, rows).T])
+
+        after = State(
+            cursors=np.array([part.cursor for part in taken], np.int64),
+            debts=debts,
+            carried=carried,
+            ended=np.array(ended, np.int64),
+            samples=before.samples + by_source(np.ones(len(rows))),
+            tokens=before.tokens + by_source(rows["length"]),
+            truncated=before.truncated + by_source(rows["truncated"]),
+            items=before.items + by_source_and_quantity([source.counts for source in self.sources]),
+            media_tokens=before.media_tokens + by_source_and_quantity([source.media_tokens for source in self.sources]),
+            dropped=before.dropped + np.stack([part.dropped for part in taken]),
+        )
+        return rows, packs.starts, after
+
+    def _take(self, state: State) -> tuple[list[Taken], np.ndarray, int]:
+        """What each source gives to the next window, tokens owed to it afterwards, and `State.ended`."""
+        cursors = state.cursors.tolist()
+        flowing = [
+            self.weighted or not stream.is_dry(cursor) for stream, cursor in zip(self._streams, cursors, strict=True)
+        ]
+        budget = self.options.window * self.options.capacity
+        total = sum(share for share, flows in zip(self._shares, flowing, strict=True) if flows)
+        quotas = [
+            debt + budget * share // total if flows else 0
+            for debt, share, flows in zip(state.debts.tolist(), self._shares, flowing, strict=True)
+        ]
+        taken = [
+            stream.take(cursor, quota) for stream, cursor, quota in zip(self._streams, cursors, quotas, strict=True)
+        ]
+        short = [part.tokens < quota for part, quota in zip(taken, quotas, strict=True)]
+        ended = 0
+        if self.weighted and any(short):
+            # The mixture holds to the end: all sources stop at the part of their quota that the shortest one reached.
+            reached = [
+                part.tokens / quota if dry else 1.0 for part, quota, dry in zip(taken, quotas, short, strict=True)
+            ]
+            least = min(reached)
+            ended = 1 + reached.index(least)
+            taken = [
+                stream.take(cursor, int(quota * least))
+                for stream, cursor, quota in zip(self._streams, cursors, quotas, strict=True)
+            ]
+        elif all(stream.is_dry(part.cursor) for stream, part in zip(self._streams, taken, strict=True)):
+            ended = -1
+        debts = [0 if dry else quota - part.tokens for quota, part, dry in zip(quotas, taken, short, strict=True)]
+        return taken, np.array(debts, np.int64), ended
+
+    def _of_rows(self, columns: list[np.ndarray | None], rows: np.ndarray) -> np.ndarray:
+        """(k, M) int64 values of the columns (n, M) of each source for planned rows; 0 where a source has none."""
+        values = np.zeros((len(rows), len(self.quantities)), np.int64)
+        for number, column in enumerate(columns):
+            if column is not None:
+                mine = np.flatnonzero(rows["source"] == number)
+                values[mine] = column[rows["row"][mine]]
+        return values
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that appears under its name complete or not at all: written beside it, synced, then renamed."""
+    temporary = path.with_name("unfinished.tmp")  # one writer at a time, so one name; a killed one's is overwritten
+    with temporary.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _shares(streams: Sequence[Stream], start: Mapping[str, int]) -> list[int]:
+    """Shares of the sources in 2⁻³²: as weighted, or those at which sources end together.
+
+    Raises:
+        ValueError: a source has no usable row.
+    """
+    sizes = []
+    for stream in streams:
+        source, survey = stream.source, stream.survey()
+        if not survey.tokens:
+            reasons = ", ".join(f"{rows} {reason}" for reason, rows in survey.dropped.items() if rows)
+            raise ValueError(
+                f"source {source.name}: none of its {source.rows} rows can be used: {reasons or 'no rows'}"
+            )
+        remaining = source.rows if stream.end is None else max(stream.end - start.get(source.name, 0), 0)
+        sizes.append(survey.tokens * remaining / source.rows if source.weight is None else source.weight)
+    if not sum(sizes):
+        raise ValueError("all sources end before they start: raise their epochs, or leave out `start`")
+    return [max(1, round(size / sum(sizes) * SHARE_UNIT)) for size in sizes]
+
+
+def _check_unchanged(folder: Path, planned: dict[str, Any], asked: dict[str, Any]) -> None:
+    """Raises `PlanChanged` that names every input that differs."""
+    names = [*planned, *(name for name in asked if name not in planned)]
+    changes = [
+        f"{name}: {planned.get(name)!r} → {asked.get(name)!r}" for name in names if planned.get(name) != asked.get(name)
+    ]
+    if changes:
+        raise PlanChanged(
+            f"{folder} holds a plan for other inputs (planned → asked for):\n  "
+            + "\n  ".join(changes)
+            + "\nUndo the change, or plan into another folder"
+        )
+
+
+def _check_sources(sources: Sequence[Source], options: PackingOptions, start: Mapping[str, int]) -> None:
+    """Raises ValueError where sources do not go together or with the options."""
+    names = [source.name for source in sources]
+    if not names:
+        raise ValueError("a plan needs at least one source")
+    if repeated := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"sources need names of their own; repeated: {', '.join(sorted(repeated))}")
+    without = [source.name for source in sources if source.weight is None]
+    if 0 < len(without) < len(sources):
+        raise ValueError(f"either all sources have a weight or none; without one: {', '.join(without)}")
+    for source in sources:
+        if source.quantities != sources[0].quantities:
+            raise ValueError(f"source {source.name} counts {source.quantities}, {names[0]} {sources[0].quantities}")
+    if unknown := set(start) - set(names):
+        raise ValueError(f"start names {', '.join(sorted(unknown))}; the sources are {', '.join(names)}")
+    if unknown := set(options.limits) - set(sources[0].quantities):
+        raise ValueError(
+            f"packing.limits names {', '.join(sorted(unknown))}; the sources count {', '.join(sources[0].quantities)}"
+        )
+
+
+def _parts(
+    sources: Sequence[Source],
+    options: PackingOptions,
+    seed: int,
+    epochs: float | None,
+    start: Mapping[str, int],
+) -> dict[str, Any]:
+    """Everything that the packs depend on, by a name that a reader of `PlanChanged` understands."""
+    parts: dict[str, Any] = {"format": FORMAT, "seed": seed, "epochs": epochs}
+    parts |= {f"packing.{name}": value for name, value in options.of_plan().items()}
+    parts["sources"] = [source.name for source in sources]
+    for source in sources:
+        parts |= {
+            f"{source.name}.fingerprint": source.fingerprint,
+            f"{source.name}.rows": source.rows,
+            f"{source.name}.shards": len(source.shards),
+            f"{source.name}.choice_probabilities": np.asarray(source.choice_probabilities, np.float64).tolist(),
+            f"{source.name}.weight": source.weight,
+            f"{source.name}.epochs": source.epochs,
+            f"{source.name}.start": start.get(source.name, 0),
+        }
+    return parts

@@ -1,0 +1,1 @@
+"""Pages that people look at: the packs of a step, the report of a run."""

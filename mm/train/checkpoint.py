@@ -1,0 +1,236 @@
+"""Checkpoints: complete or invisible, loadable by any number of processes.
+
+    RUN/checkpoints/step-00000200/   torch.distributed.checkpoint files, then `position.json`
+    RUN/checkpoints/.step-00000200.partial   while it is being written; never loaded, removed at the next save
+
+A checkpoint counts once its folder has its final name, which it gets by one rename after everything was flushed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+
+from mm.train.parallel import World
+
+POSITION = "position.json"
+WEIGHTS = "model.safetensors"
+BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
+"""Optimizer state by parameter name, so that other parameter groups can load it."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that is missing, incomplete or of another architecture; the message says which and what to do."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands: all that resuming needs beside weights and optimizer state.
+
+    step: updates done
+    packs: packs of the plan consumed
+    tokens: real tokens seen
+    plan: fingerprint of the plan that the packs were numbered by
+    """
+
+    step: int
+    packs: int
+    tokens: int
+    plan: str
+
+
+def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, position: Position, world: World) -> Path:
+    """Write a checkpoint below `folder`; every process takes part. Returns its path.
+
+    Raises:
+        CheckpointError: the disk is full or not writable; earlier checkpoints are untouched.
+    """
+    final = folder / f"step-{position.step:08d}"
+    partial = folder / f".{final.name}.partial"
+    if world.is_first:
+        for stale in folder.glob(".*.partial"):
+            shutil.rmtree(stale)
+        partial.mkdir(parents=True, exist_ok=True)
+    world.barrier()
+    model_state, optimizer_state = get_state_dict(model, optimizer, options=BY_NAME)
+    try:
+        dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=partial)
+        if world.is_first:
+            _write_durably(partial / POSITION, json.dumps(asdict(position)))
+            if final.exists():
+                shutil.rmtree(final)
+            partial.rename(final)
+            _flush_folder(folder)
+    except (OSError, dcp.CheckpointException) as error:
+        raise CheckpointError(
+            f"could not save {final}: {_root_cause(error)}. Earlier checkpoints are intact; free some space or set "
+            "`run:` to another disk, and repeat the command to go on from the last one"
+        ) from error
+    world.barrier()
+    return final
+
+
+def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Position:
+    """Load weights and optimizer state in place, whatever the number of processes that saved them.
+
+    The optimizer's state must exist for every trainable parameter (`mm.train.optim.materialise_state`).
+    """
+    position = read_position(path)
+    model_state, optimizer_state = get_state_dict(model, optimizer, options=BY_NAME)
+    _check_names(path, model_state)
+    state = {"model": model_state, "optimizer": optimizer_state}
+    try:
+        dcp.load(state, checkpoint_id=path)
+    except dcp.CheckpointException as error:
+        raise CheckpointError(f"{path} does not fit this recipe: {_root_cause(error)}") from error
+    set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state, options=BY_NAME)
+    return position
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Load weights only, from a checkpoint or an export, into an unsharded model.
+
+    Raises:
+        CheckpointError: parameters are missing, unknown or of another shape; all are named.
+    """
+    wanted = model.state_dict()
+    if (path / WEIGHTS).exists():
+        found = load_file(path / WEIGHTS)
+        _compare(path, {name: tuple(tensor.shape) for name, tensor in found.items()}, _shapes(_untied(wanted)))
+        model.load_state_dict(found, strict=False)  # tied tensors are stored once
+        return
+    read_position(path)
+    _check_names(path, wanted)
+    dcp.load({"model": wanted}, checkpoint_id=path, no_dist=True)
+    model.load_state_dict(wanted)
+
+
+def export_weights(path: Path, model: nn.Module, world: World | None = None) -> None:
+    """Write all weights as one safetensors file, atomically; every process takes part, the first writes."""
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if world is not None and not world.is_first:
+        return
+    path.mkdir(parents=True, exist_ok=True)
+    partial = path / f".{WEIGHTS}.partial"
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in _untied(state).items()}, partial)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"could not write {path / WEIGHTS}: {error}") from error
+    partial.replace(path / WEIGHTS)
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest complete checkpoint below a folder."""
+    complete = sorted(path for path in folder.glob("step-*") if (path / POSITION).exists())
+    return complete[-1] if complete else None
+
+
+def find(path: str | Path) -> Path:
+    """The weights that a path means: an export, a checkpoint, or a run folder's newest checkpoint."""
+    path = Path(path).expanduser()
+    if (path / WEIGHTS).exists() or (path / POSITION).exists():
+        return path
+    newest = latest(path / "checkpoints")
+    if newest is None:
+        raise CheckpointError(
+            f"no weights in {path}: expected an export ({WEIGHTS}), a checkpoint ({POSITION}) or a run folder with "
+            "checkpoints/"
+        )
+    return newest
+
+
+def keep_last(folder: Path, count: int) -> None:
+    """Delete all complete checkpoints but the newest `count`."""
+    complete = sorted(path for path in folder.glob("step-*") if (path / POSITION).exists())
+    for path in complete[: max(len(complete) - count, 0)]:
+        doomed = path.with_name(f".{path.name}.partial")  # half-deleted is as invisible as half-written
+        path.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def read_position(path: Path) -> Position:
+    try:
+        return Position(**json.loads((path / POSITION).read_text()))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is no complete checkpoint: it has no {POSITION}") from None
+
+
+def _check_names(path: Path, state: dict) -> None:
+    metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    found = {
+        name.removeprefix("model."): tuple(entry.size)
+        for name, entry in metadata.items()
+        if name.startswith("model.") and hasattr(entry, "size")
+    }
+    _compare(path, found, _shapes(state))
+
+
+def _compare(path: Path, found: dict[str, tuple], wanted: dict[str, tuple]) -> None:
+    """Raise with the names of all parameters that differ."""
+    differences = [
+        f"  missing in the checkpoint: {name} {wanted[name]}" for name in sorted(wanted.keys() - found.keys())
+    ]
+    differences += [f"  unknown to the model: {name} {found[name]}" for name in sorted(found.keys() - wanted.keys())]
+    differences += [
+        f"  {name}: {found[name]} in the checkpoint, {wanted[name]} in the model"
+        for name in sorted(found.keys() & wanted.keys())
+        if found[name] != wanted[name]
+    ]
+    if differences:
+        shown = "\n".join(
+            differences[:12] + ([f"  … and {len(differences) - 12} more"] if len(differences) > 12 else [])
+        )
+        raise CheckpointError(f"{path} is of another architecture than the recipe's model:\n{shown}")
+
+
+def _shapes(state: dict[str, Tensor]) -> dict[str, tuple]:
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def _untied(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state without second names of the same storage."""
+    seen: set[int] = set()
+    unique = {}
+    for name, tensor in state.items():
+        if tensor.data_ptr() not in seen or tensor.numel() == 0:
+            unique[name] = tensor
+            seen.add(tensor.data_ptr())
+    return unique
+
+
+def _write_durably(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _root_cause(error: BaseException) -> str:
+    """The first exception below torch's wrapper, in one line."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        first = next(iter(failures.values()))
+        error = first[0] if isinstance(first, tuple) else first
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

@@ -1,0 +1,195 @@
+"""From a recipe to packs: index, text lengths, plan. Done before processes meet, so that no collective waits for it.
+
+    card ─index─▶ places, header facts ─┬─▶ tokens, items, FLOPs of every row ─plan─▶ packs ─deal─▶ micro-steps
+                  text lengths (column) ┘
+
+Every process calls `open_data`; file locks let the first do the work and the others find it done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from filelock import FileLock
+
+from mm.data import columns
+from mm.data.card import Card
+from mm.data.index import Index, index_card
+from mm.model.multimodal import MultimodalLM, build_model
+from mm.packing.balance import deal
+from mm.packing.collate import Processor
+from mm.packing.hashing import hash64
+from mm.packing.materialise import Materialiser, MicroStep
+from mm.packing.plan import QUANTITIES, PackingOptions, Plan, Source
+from mm.sample import Modality
+from mm.tokenizers.text import TextTokenizer
+from mm.train.parallel import World
+from mm.train.recipe import Recipe, SourceOptions
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """The model on the meta device with its processor: enough to plan, without reading any weights."""
+
+    model: MultimodalLM
+    processor: Processor
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Blueprint:
+        model = build_model(recipe.model, meta=True)
+        return cls(model, Processor(TextTokenizer.load(recipe.tokenizer), model.entrances))
+
+    def media_of(self, index: Index) -> RowMedia:
+        """What the media of every row cost, from header facts. Rows of equal facts are computed once."""
+        _, first, which = np.unique(index.signature, return_index=True, return_inverse=True)
+        counts = np.zeros((len(first), len(QUANTITIES)), np.int32)
+        tokens = np.zeros((len(first), len(QUANTITIES)), np.int32)
+        flops = np.zeros(len(first))
+        for number, row in enumerate(first.tolist()):
+            start, stop = index.media_starts[row : row + 2]
+            for (modality, *_), facts in zip(index.media[start:stop].tolist(), index.facts(row), strict=True):
+                modality = Modality(modality)
+                transform, adapter = self.processor.entrance(modality)
+                grid = transform.grid(facts)
+                quantity = QUANTITIES.index(modality.label)
+                counts[number, quantity] += 1
+                tokens[number, quantity] += adapter.length(grid)
+                flops[number] += self.model.media_flops(modality, grid)
+        return RowMedia(counts[which], tokens[which], flops[which])
+
+
+@dataclass(frozen=True)
+class RowMedia:
+    """What the media of n rows cost.
+
+    counts, tokens: (n, M) items and embeddings of each quantity
+    flops: (n,) forward FLOPs of encoders and adapters
+    """
+
+    counts: np.ndarray
+    tokens: np.ndarray
+    flops: np.ndarray
+
+
+@dataclass(frozen=True)
+class PlannedData:
+    """The packs of some sources, and how they are handed out."""
+
+    blueprint: Blueprint
+    plan: Plan
+    names: tuple[str, ...]
+    indexes: tuple[Index, ...]
+    media: tuple[RowMedia, ...]
+
+    def materialiser(self, capacity: int | None = None) -> Materialiser:
+        return Materialiser(
+            self.plan.reader(), self.indexes, self.blueprint.processor, names=self.names, capacity=capacity
+        )
+
+    def costs(self, packs: Sequence[int]) -> np.ndarray:
+        """(P, 2) forward FLOPs of each pack in the encoders and in the decoder; 0 for an empty pack (-1)."""
+        costs = np.zeros((len(packs), 2))
+        for number, pack in enumerate(packs):
+            if pack < 0:
+                continue
+            rows = self.plan.pack(pack)
+            encoders = sum(
+                self.media[source].flops[rows.row[rows.source == source]].sum() for source in set(rows.source)
+            )
+            costs[number] = encoders, self.blueprint.model.decoder.flops(rows.length.tolist())
+        return costs
+
+    def micro_steps(
+        self, world: World, micro_batch: int, *, seed: int, steps: range, first_pack: int
+    ) -> Iterator[MicroStep]:
+        """The micro-steps of one rank, step after step, `micro_steps_per_step` each."""
+        for step in steps:
+            packs = np.array(self.plan.batch_from(first_pack))
+            first_pack += len(packs)
+            dealt = packs[deal(self.costs(packs.tolist()), world.size, seed=int(hash64(seed, step)))]
+            for group in dealt.reshape(-1, micro_batch, world.size):
+                yield MicroStep(step, tuple(group[:, world.rank].tolist()))
+
+    def every_pack(self, world: World) -> list[MicroStep]:
+        """All packs of an ended plan, dealt evenly; empty packs fill up, so that ranks meet equally often."""
+        total = self.plan.total_packs() or 0
+        padded = [*range(total), *[-1] * (-total % world.size)]
+        return [MicroStep(0, (pack,)) for pack in padded[world.rank :: world.size]]
+
+
+def open_data(
+    recipe: Recipe,
+    blueprint: Blueprint,
+    sources: Mapping[str, SourceOptions],
+    folder: Path,
+    *,
+    epochs: float | None,
+    progress: bool = True,
+) -> PlannedData:
+    """Index the sources, measure their text and open the plan in `folder`.
+
+    Raises:
+        PlanChanged: `folder` holds the plan of another recipe or other data.
+    """
+    cache = Path(recipe.data.index).expanduser()
+    cache.mkdir(parents=True, exist_ok=True)
+    indexes, media, planned = [], [], []
+    with FileLock(cache / "indexing.lock"):
+        for name, options in sources.items():
+            index = index_card(Card.load(options.card), options.split, cache / "index", progress=progress)
+            row_media = blueprint.media_of(index)
+            text = _text_lengths(index, blueprint.processor, progress)
+            media_tokens = row_media.tokens.sum(axis=1, keepdims=True)
+            usable = text[:, :, 0] > 0
+            planned.append(
+                Source(
+                    name=name,
+                    shards=np.diff(index.starts),
+                    tokens=np.where(usable, text[:, :, 0] + media_tokens, 0).astype(np.int32),
+                    choice_probabilities=np.array(index.card.choices),
+                    counts=row_media.counts,
+                    fingerprint=f"{index.fingerprint}-{blueprint.processor.text.fingerprint}",
+                    weight=options.weight,
+                    epochs=options.epochs,
+                    media_end=np.where(usable, text[:, :, 1] + media_tokens, 0).astype(np.int32),
+                    media_tokens=row_media.tokens,
+                )
+            )
+            indexes.append(index)
+            media.append(row_media)
+    plan = Plan.open(folder, planned, recipe.packing, recipe.seed, epochs)
+    return PlannedData(blueprint, plan, tuple(sources), tuple(indexes), tuple(media))
+
+
+def check_division(packing: PackingOptions, world: int, micro_batch: int) -> None:
+    """Raise unless the packs of a global batch divide evenly into micro-steps."""
+    packs = packing.packs_per_batch
+    if packs % (world * micro_batch):
+        worlds = [size for size in range(1, packs + 1) if packs % (size * micro_batch) == 0]
+        raise ValueError(
+            f"a global batch of {packs} packs does not divide among {world} processes with micro_batch {micro_batch}; "
+            f"it does among {', '.join(map(str, worlds)) or 'none: lower micro_batch'}, or change packing.batch"
+        )
+
+
+def _text_lengths(index: Index, processor: Processor, progress: bool) -> np.ndarray:
+    """(n, choices, 2) text tokens of every row, and those before its last media item ends; 0 where it is broken."""
+    column = columns.compute_choices(
+        index,
+        "text_lengths",
+        processor.text.fingerprint,
+        processor.text_length,
+        pa.list_(pa.int32()),
+        progress=progress,
+    )
+    choices = len(index.card.choices)
+    lengths = np.zeros((index.rows, choices, 2), np.int64)
+    for row, values in enumerate(column.to_pylist()):
+        for choice, value in enumerate(values or ()):
+            if value is not None:
+                lengths[row, choice] = value
+    return lengths

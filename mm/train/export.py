@@ -1,0 +1,61 @@
+"""A trained model as a folder of its own: weights, the resolved recipe, and how to load both again.
+
+EXPORT/model.safetensors  recipe.yaml  versions.json
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+from mm.model.multimodal import MultimodalLM, build_model
+from mm.packing.collate import Processor
+from mm.tokenizers.text import TextTokenizer
+from mm.train import checkpoint
+from mm.train.checkpoint import CheckpointError
+from mm.train.recipe import Recipe
+from mm.train.versions import versions
+
+
+class Trained(NamedTuple):
+    """A model in float32 on the CPU, ready to answer, with the recipe it was trained by."""
+
+    recipe: Recipe
+    model: MultimodalLM
+    processor: Processor
+
+
+def load_trained(path: str | Path) -> Trained:
+    """The model of an export, a checkpoint or a run folder.
+
+    Raises:
+        CheckpointError: no weights or no recipe there, or they do not fit each other.
+    """
+    path = Path(path).expanduser()
+    weights = checkpoint.find(path)
+    recipe = Recipe.load(_recipe_of(weights))
+    model = build_model(recipe.model)
+    checkpoint.load_weights(weights, model)
+    return Trained(recipe, model.eval(), Processor(TextTokenizer.load(recipe.tokenizer), model.entrances))
+
+
+def export_run(path: str | Path, folder: Path) -> Path:
+    """Write the weights of a run or checkpoint as safetensors into `folder`, with the recipe. Returns `folder`."""
+    weights = checkpoint.find(path)
+    recipe_file = _recipe_of(weights)
+    model = build_model(Recipe.load(recipe_file).model)
+    checkpoint.load_weights(weights, model)
+    checkpoint.export_weights(folder, model)
+    shutil.copyfile(recipe_file, folder / "recipe.yaml")
+    (folder / "versions.json").write_text(json.dumps(versions(), indent=1), encoding="utf-8")
+    return folder
+
+
+def _recipe_of(weights: Path) -> Path:
+    """``recipe.yaml`` beside an export's weights, or in the run folder that holds the checkpoint."""
+    for folder in (weights, weights.parent.parent):
+        if (folder / "recipe.yaml").exists():
+            return folder / "recipe.yaml"
+    raise CheckpointError(f"{weights} has weights but no recipe.yaml with it or in its run folder")

@@ -1,0 +1,291 @@
+"""The training loop: a run from top to bottom.
+
+recipe ─▶ index, lengths, plan ─▶ (processes meet) ─▶ model ─▶ for each step:
+    fetch · forward and backward per micro-batch · clip · check finite · update · log · validate · save
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+from torch.utils.data import DataLoader
+
+from mm import configure
+from mm.model.multimodal import MultimodalLM, build_model
+from mm.objectives.next_token import NextToken
+from mm.packing.batch import Batch
+from mm.sample import Modality
+from mm.train import checkpoint
+from mm.train.checkpoint import Position
+from mm.train.dataset import Blueprint, PlannedData, check_division, open_data
+from mm.train.meter import JsonLines, Meter, Progress, TensorBoard, Writer, device_peak, training_factors
+from mm.train.optim import build_optimizer, freeze, materialise_state, restore_options, set_learning_rate
+from mm.train.parallel import Engine, World, join_world, local_world, parallelise, resolve_precision
+from mm.train.parts import trained_parts
+from mm.train.recipe import Recipe
+from mm.train.schedule import learning_rate_factor
+from mm.train.versions import versions
+
+FORGIVEN = 8  # broken samples that no run stops for, however short it is
+NON_FINITE_IN_A_ROW = 5
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on; the message says why and what to do."""
+
+
+def train(recipe: Recipe) -> Path:
+    """Run the recipe to its end and return its last checkpoint. A run folder that holds a checkpoint is resumed."""
+    check_division(recipe.packing, local_world()[1], recipe.micro_batch)
+    torch.manual_seed(recipe.seed)
+    with locked(recipe.folder):
+        blueprint = Blueprint.of(recipe)
+        data = open_data(recipe, blueprint, recipe.data.sources, recipe.folder / "plan", epochs=recipe.epochs)
+        held_out = None
+        if recipe.data.validation:
+            held_out = open_data(recipe, blueprint, recipe.data.validation, recipe.folder / "validation", epochs=1.0)
+            held_out.plan.total_packs()
+        if recipe.steps is not None:
+            data.plan.ensure(recipe.steps * recipe.packing.packs_per_batch)
+        else:
+            data.plan.total_packs()
+        with join_world() as world:
+            return run(recipe, world, data, held_out)
+
+
+def run(recipe: Recipe, world: World, data: PlannedData, held_out: PlannedData | None) -> Path:
+    """The steps of a run on this process."""
+    folder, objective = recipe.folder, configure.build(recipe.objective, NextToken)
+    dtype = resolve_precision(recipe.precision, world.device)
+    resumed = checkpoint.latest(folder / "checkpoints")
+
+    model = build_model(recipe.model)
+    if recipe.init_from and not resumed:
+        checkpoint.load_weights(checkpoint.find(recipe.init_from), model)
+    freeze(model, recipe.optim)
+    factors = training_factors(trained_parts(model))
+    model.to(world.device).train()
+    parallelise(model, world, dtype)
+    optimizer = build_optimizer(model, recipe.optim)
+    materialise_state(optimizer)
+    engine = Engine(model, optimizer, world, recipe.optim.clip)
+
+    position = Position(step=0, packs=0, tokens=0, plan=data.plan.fingerprint)
+    if resumed:
+        position = checkpoint.load(resumed, model, optimizer)
+        restore_options(optimizer, model, recipe.optim)
+        check_plan(position, data, resumed)
+    total = total_steps(recipe, data, position)
+    batches = load_batches(recipe, world, data, position, total)
+    micro_steps = recipe.packing.packs_per_batch // (world.size * recipe.micro_batch)
+    meter = Meter(loss_names(data), factors, device_peak(world.device, dtype), world.sum, position.tokens)
+    ledger = Ledger(folder, recipe.data.max_broken)
+    skipped = 0
+
+    with writers(recipe, world, position, total) as outputs:
+        saved = resumed
+        for step in range(position.step, total):
+            with meter.waiting():
+                micro_batches = [batch.to(world.device) for batch in islice(batches, micro_steps)]
+            names = list(objective.weights(micro_batches))
+            sums = world.sum([objective.weights(micro_batches)[name] for name in names])
+            denominators = dict(zip(names, sums, strict=True))
+            factor = learning_rate_factor(recipe.schedule, step, total)
+            set_learning_rate(optimizer, factor)
+
+            for batch in micro_batches:
+                loss, parts = objective.loss(model, batch, denominators, data.names)
+                engine.backward(loss)
+                meter.add_losses(parts)
+                meter.add_batch(batch.real_tokens, len(batch.packs[1:]) * recipe.packing.capacity, model.flops(batch))
+                ledger.add(batch)
+            norm, finite = engine.step()
+            meter.end_step(norm, recipe.optim.lr * factor)
+            skipped = 0 if finite else skipped + 1
+            if skipped:
+                ledger.note(f"step {step + 1}: the gradient is not finite, the update was skipped")
+            if skipped >= NON_FINITE_IN_A_ROW:
+                raise RunError(
+                    f"the gradient was not finite in {skipped} steps in a row, up to step {step + 1}; lower optim.lr, "
+                    "raise schedule.warmup, or look at the samples: mm inspect RUN --step N"
+                )
+
+            done = step + 1
+            outputs.advance()
+            saves, validates = due(recipe.save_every, done, total), due(recipe.validate_every, done, total)
+            figures = {}
+            if saves or validates or due(recipe.log_every, done, total):
+                figures = meter.report()
+            if held_out and validates:
+                with meter.paused():
+                    figures |= validate(model, objective, held_out, world)
+            if figures:
+                outputs.write(done, figures)
+            if saves:
+                with meter.paused():
+                    packs = position.packs + (done - position.step) * recipe.packing.packs_per_batch
+                    here = Position(done, packs, meter.tokens, data.plan.fingerprint)
+                    saved = checkpoint.save(folder / "checkpoints", model, optimizer, here, world)
+                    if world.is_first:
+                        checkpoint.keep_last(folder / "checkpoints", recipe.keep)
+    if saved is None:
+        raise RunError(f"nothing to do: {folder} asks for {total} steps")
+    return saved
+
+
+def due(every: int, step: int, total: int) -> bool:
+    """Whether something that happens every so many steps (0: only at the end) happens after this one."""
+    return step == total or (every > 0 and step % every == 0)
+
+
+@torch.no_grad()
+def validate(model: MultimodalLM, objective: NextToken, held_out: PlannedData, world: World) -> dict[str, float]:
+    """Loss over all packs of the validation split, in total and per modality and source."""
+    model.eval()
+    names = loss_names(held_out)
+    totals = {name: [0.0, 0.0] for name in names}
+    dataset = held_out.materialiser()
+    for micro_step in held_out.every_pack(world):
+        batch = dataset[micro_step].to(world.device)
+        _, parts = objective.loss(model, batch, dict.fromkeys(objective.weights([batch]), 1.0), held_out.names)
+        for name, pair in parts.items():
+            totals[name] = [total + float(value) for total, value in zip(totals[name], pair, strict=True)]
+    model.train()
+    summed = world.sum([value for name in names for value in totals[name]])
+    figures = zip(names, summed[::2], summed[1::2], strict=True)
+    return {
+        "validation_loss" if name == "total" else f"validation_loss/{name}": weighted / weight
+        for name, weighted, weight in figures
+        if weight
+    }
+
+
+def load_batches(recipe: Recipe, world: World, data: PlannedData, position: Position, total: int) -> Iterator[Batch]:
+    """This rank's micro-batches from a position on, made ahead of time by the loader's workers."""
+    steps = data.micro_steps(
+        world, recipe.micro_batch, seed=recipe.seed, steps=range(position.step, total), first_pack=position.packs
+    )
+    loader = DataLoader(
+        data.materialiser(recipe.packing.capacity if world.device.type == "cuda" else None),
+        sampler=steps,
+        batch_size=None,
+        num_workers=recipe.data.workers,
+        prefetch_factor=4 if recipe.data.workers else None,
+        pin_memory=world.device.type == "cuda",
+    )
+    return iter(loader)
+
+
+def total_steps(recipe: Recipe, data: PlannedData, position: Position) -> int:
+    """Steps of the run from its start. A batch size that changed on resume changes what is left."""
+    if recipe.steps is not None:
+        return recipe.steps
+    left = (data.plan.total_packs() or 0) - position.packs
+    return position.step + -(-left // recipe.packing.packs_per_batch)
+
+
+def check_plan(position: Position, data: PlannedData, resumed: Path) -> None:
+    if position.plan != data.plan.fingerprint:
+        raise RunError(
+            f"{resumed} was saved under another plan ({position.plan[:8]}, now {data.plan.fingerprint[:8]}): its pack "
+            "numbers mean other samples. Restore the recipe's data and packing, or start a new run with init_from"
+        )
+
+
+def loss_names(data: PlannedData) -> list[str]:
+    """Names of all losses that can occur, the same on every rank."""
+    return [
+        "total",
+        *(f"modality/{modality.label}" for modality in Modality),
+        *(f"source/{name}" for name in data.names),
+    ]
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the run folder; only the first process of a run takes the lock."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if local_world()[0] != 0:
+        yield
+        return
+    lock = FileLock(folder / "lock")
+    try:
+        with lock.acquire(timeout=0):
+            yield
+    except Timeout:
+        raise RunError(
+            f"another process is training in {folder}; wait for it or set `run:` to another folder"
+        ) from None
+
+
+class Outputs:
+    """All writers of the first process; nothing on the others."""
+
+    def __init__(self, outputs: list[Writer], terminal: Progress | None) -> None:
+        self._outputs, self._terminal = outputs, terminal
+
+    def advance(self) -> None:
+        if self._terminal:
+            self._terminal.advance()
+
+    def write(self, step: int, figures: Mapping[str, float]) -> None:
+        for output in self._outputs:
+            output.write(step, figures)
+
+
+@contextmanager
+def writers(recipe: Recipe, world: World, position: Position, total: int) -> Iterator[Outputs]:
+    """Console, ``metrics.jsonl`` and TensorBoard; the resolved recipe and the versions are written beside them."""
+    if not world.is_first:
+        yield Outputs([], None)
+        return
+    folder = recipe.folder
+    (folder / "recipe.yaml").write_text(configure.to_yaml(recipe), encoding="utf-8")
+    (folder / "versions.json").write_text(json.dumps(versions(), indent=1), encoding="utf-8")
+    first = position.step + 1
+    terminal = Progress(total, position.step)
+    outputs: list[Writer] = [
+        terminal,
+        JsonLines(folder / "metrics.jsonl", first),
+        TensorBoard(folder / "tensorboard", first),
+    ]
+    try:
+        yield Outputs(outputs, terminal)
+    finally:
+        for output in outputs:
+            output.close()
+
+
+class Ledger:
+    """Samples that were replaced by padding, and other events of a run: ``ledger.jsonl``, one object a line."""
+
+    def __init__(self, folder: Path, max_broken: float) -> None:
+        self._path = folder / "ledger.jsonl"
+        self._max_broken = max_broken
+        self._seen = self._broken = 0
+
+    def add(self, batch: Batch) -> None:
+        """Record the batch's broken samples.
+
+        Raises:
+            RunError: more of the data is broken than the recipe allows.
+        """
+        self._seen += int((batch.rows[:, 0] >= 0).sum())
+        self._broken += len(batch.broken)
+        for name, reason in batch.broken:
+            self.note(f"{name}: {reason}")
+        if self._broken > max(self._max_broken * self._seen, FORGIVEN):
+            raise RunError(
+                f"{self._broken} of {self._seen} samples could not be used, more than data.max_broken allows "
+                f"({self._max_broken:.1%}); they are listed in {self._path}"
+            )
+
+    def note(self, event: str) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"event": event}) + "\n")

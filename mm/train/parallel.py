@@ -1,0 +1,135 @@
+"""Processes, precision and sharding: all the model code does not know of parallelism.
+
+FSDP2 shards every block of the decoder and of the encoders on its own, and the rest as one unit. One process in
+float32 is left as it is. https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from mm.model.multimodal import MultimodalLM
+
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all. `size` processes, one per device."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def sum(self, values: list[float]) -> list[float]:
+        """The values summed over all processes, in float64."""
+        if self.size == 1:
+            return values
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+
+def local_world() -> tuple[int, int]:
+    """(rank, world size) as torchrun set them, before any process group exists."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def join_world(timeout: timedelta = timedelta(minutes=30)) -> Iterator[World]:
+    """The process group of a run: NCCL on GPUs, gloo on CPUs; one process needs no launcher."""
+    rank, size = local_world()
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    store = dist.HashStore() if size == 1 else None
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    try:
+        yield World(rank, size, device)
+        if size > 1:
+            dist.barrier()  # a process that leaves earlier makes the others exit with an error after correct work
+    finally:
+        dist.destroy_process_group()
+
+
+def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype:
+    """The dtype of compute. ``auto`` takes bf16 where the device multiplies it natively and float32 elsewhere."""
+    if precision == "fp32":
+        return torch.float32
+    if precision == "bf16":
+        return torch.bfloat16
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
+
+
+def parallelise(model: MultimodalLM, world: World, dtype: torch.dtype) -> None:
+    """Shard the model over all processes, in place; parameters stay float32, compute runs in `dtype`."""
+    if world.size == 1 and dtype == torch.float32:
+        return
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    shard: Callable[[nn.Module], nn.Module] = lambda module: fully_shard(  # noqa: E731
+        module, mesh=mesh, mp_policy=policy, reshard_after_forward=world.size > 1
+    )
+    for encoder in model.encoders.values():
+        for block in encoder.blocks():  # type: ignore[operator]
+            shard(block)
+    for block in model.decoder.blocks():
+        shard(block)
+    shard(model)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Backward and update under data parallelism.
+
+    FSDP2 averages gradients over the processes; the loss of a process is its share of a global sum, so it is multiplied
+    by their number first.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    world: World
+    clip: float
+
+    def backward(self, loss: Tensor) -> None:
+        if loss.requires_grad:
+            (loss * self.world.size).backward()
+
+    def step(self) -> tuple[float, bool]:
+        """Clip, check and update. Returns the gradient norm before clipping and whether it was finite.
+
+        A step with a non-finite gradient changes nothing.
+        """
+        from mm.train.optim import clip_gradients
+
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        norm = float(clip_gradients(parameters, self.clip))
+        finite = norm == norm and norm not in (float("inf"), float("-inf"))
+        if finite:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm, finite

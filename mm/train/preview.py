@@ -1,0 +1,125 @@
+"""What a recipe would train on, before any weights are read: `mm plan` and `mm inspect`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from rich.table import Table
+
+from mm.packing.balance import deal, imbalance
+from mm.train.dataset import Blueprint, PlannedData, open_data
+from mm.train.meter import training_factors
+from mm.train.optim import freeze
+from mm.train.parts import trained_parts
+from mm.train.recipe import Recipe
+
+WORLDS = (1, 2, 4, 8)
+BATCHES = 32  # global batches over which balance is measured
+
+
+def planned(recipe: Recipe) -> PlannedData:
+    """The plan of a recipe, made or continued in its run folder as training would."""
+    blueprint = Blueprint.of(recipe)
+    data = open_data(recipe, blueprint, recipe.data.sources, recipe.folder / "plan", epochs=recipe.epochs)
+    if recipe.steps is not None:
+        data.plan.ensure(recipe.steps * recipe.packing.packs_per_batch)
+    else:
+        data.plan.total_packs()
+    return data
+
+
+def preview(recipe: Recipe) -> Iterator[Table]:
+    """Tables of what the recipe trains on, what is left out and why, and what it costs."""
+    data = planned(recipe)
+    yield sources_table(data)
+    yield dropped_table(data)
+    yield run_table(recipe, data)
+
+
+def sources_table(data: PlannedData) -> Table:
+    statistics = data.plan.statistics()
+    table = Table("source", title="what is seen", title_justify="left")
+    for column in ("samples", "epochs", "tokens", "share", "media items", "media tokens"):
+        table.add_column(column, justify="right")
+    for name, source in statistics.sources.items():
+        items = ", ".join(f"{count:,} {modality}" for modality, count in source.items.items() if count)
+        tokens = ", ".join(f"{count:,} {modality}" for modality, count in source.media_tokens.items() if count)
+        table.add_row(
+            name,
+            f"{source.samples:,}",
+            f"{source.epochs:.2f}",
+            f"{source.tokens:,}",
+            f"{source.share:.1%}",
+            items or "–",
+            tokens or "–",
+        )
+    return table
+
+
+def dropped_table(data: PlannedData) -> Table:
+    """Rows that are passed over, by reason, and records that are no samples at all."""
+    table = Table("source", "left out", title="what is not seen", title_justify="left")
+    table.add_column("rows", justify="right")
+    statistics = data.plan.statistics()
+    for (name, source), index in zip(statistics.sources.items(), data.indexes, strict=True):
+        for reason, count in source.dropped.items():
+            if count:
+                table.add_row(name, reason, f"{count:,}")
+        if source.truncated:
+            table.add_row(name, "text cut at the end (seen, but shortened)", f"{source.truncated:,}")
+        if len(index.errors):
+            table.add_row(name, "unreadable, see `mm index`", f"{len(index.errors):,}")
+    if not table.row_count:
+        table.add_row("all", "nothing", "0")
+    return table
+
+
+def run_table(recipe: Recipe, data: PlannedData) -> Table:
+    """Packs, fill, steps, FLOPs and balance."""
+    statistics, packing = data.plan.statistics(), recipe.packing
+    table = Table("figure", title="the run", title_justify="left")
+    table.add_column("value", justify="right")
+    steps = recipe.steps or data.plan.total_steps() or 0
+    table.add_row("packs", f"{statistics.packs:,} of {packing.capacity:,} tokens")
+    table.add_row(
+        "fill",
+        f"{statistics.fill:.2%}, at least {statistics.lower_bound / statistics.packs:.2%} of the packs are needed",
+    )
+    table.add_row("steps", f"{steps:,} of {packing.packs_per_batch:,} packs")
+    encoders, decoder = sampled_flops(recipe, data)
+    total = (encoders + decoder) * steps
+    table.add_row("training FLOPs", f"{total:.2e} ({encoders / (encoders + decoder):.1%} in encoders and adapters)")
+    for name, peak in (("A100", 312e12), ("H100", 989e12)):
+        table.add_row(f"{name} hours at 40 % MFU", f"{total / (0.4 * peak) / 3600:,.3g}")
+    for world in WORLDS:
+        if packing.packs_per_batch % world == 0:
+            table.add_row(f"time lost to imbalance on {world} GPUs", f"{mean_imbalance(data, world) - 1:.1%}")
+    return table
+
+
+def sampled_flops(recipe: Recipe, data: PlannedData) -> tuple[float, float]:
+    """FLOPs of a training step in (encoders and adapters, decoder with head), from the first global batches."""
+    model = data.blueprint.model
+    freeze(model, recipe.optim)
+    factors = training_factors(trained_parts(model))
+    encoder_factor = max((factors[part] for part in factors if part.startswith("encoders")), default=0)
+    costs = np.concatenate([data.costs(batch) for batch in first_batches(data)])
+    packs = recipe.packing.packs_per_batch
+    encoders, decoder = costs.mean(axis=0) * packs
+    head = model.decoder.head_flops(1) * recipe.packing.capacity * packs  # at most: media slots bear no labels
+    return encoders * encoder_factor, decoder * factors["decoder"] + head * factors["head"]
+
+
+def mean_imbalance(data: PlannedData, world: int) -> float:
+    """Step time relative to perfectly even ranks, mean over the first global batches."""
+    ratios = []
+    for batch in first_batches(data):
+        costs = data.costs(batch)
+        ratios.append(imbalance(costs, deal(costs, world, seed=0)))
+    return float(np.mean(ratios))
+
+
+def first_batches(data: PlannedData) -> list[list[int]]:
+    total = -(-data.plan.planned // data.plan.packs_per_batch)
+    return [data.plan.batch(step) for step in range(min(BATCHES, total))]
