@@ -223,7 +223,10 @@ def build_shards(
     """Write WebDataset shards and a card from what you have."""
     from mm.data.sources import build
 
-    given = dict(option.partition("=")[::2] for option in options or [])
+    given: dict[str, str] = {}
+    for option in options or []:
+        key, _, value = option.partition("=")
+        given[key] = value
     built = build(name, out, **given)
     for split, samples in built.samples.items():
         console.print(f"{split}: {samples:,} samples")

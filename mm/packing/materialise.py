@@ -15,7 +15,7 @@ from mm.data.card import BrokenSample
 from mm.media import BrokenMedia
 from mm.packing.batch import Batch
 from mm.packing.collate import Document, LengthMismatch, Processor
-from mm.packing.plan import Plan
+from mm.packing.plan import PlanReader
 from mm.sample import Sample
 
 RETRIES = 4
@@ -47,7 +47,7 @@ class Materialiser(Dataset[Batch]):
 
     def __init__(
         self,
-        plan: Plan,
+        plan: PlanReader,
         sources: Sequence[Samples],
         processor: Processor,
         *,
@@ -71,32 +71,32 @@ class Materialiser(Dataset[Batch]):
 
     def _pack(self, number: int, broken: list[tuple[str, str]]) -> tuple[list[Document], list[tuple[int, int]]]:
         pack = self.plan.pack(number)
+        columns = (pack.source, pack.row, pack.choice, pack.length, pack.truncated)
         documents, owners = [], []
-        for source, row, choice, length in zip(
-            pack.source.tolist(), pack.row.tolist(), pack.choice.tolist(), pack.length.tolist(), strict=True
-        ):
-            documents.append(self._document(source, row, choice, length, broken))
+        for source, row, choice, length, truncated in zip(*(column.tolist() for column in columns), strict=True):
+            documents.append(self._document(source, row, choice, length, truncated, broken))
             owners.append((source, row))
         return documents, owners
 
-    def _document(self, source: int, row: int, choice: int, length: int, broken: list[tuple[str, str]]) -> Document:
+    def _document(
+        self, source: int, row: int, choice: int, length: int, truncated: bool, broken: list[tuple[str, str]]
+    ) -> Document:
         """The row as a document of exactly the promised length; padding if its data is broken."""
         name = f"{self.names[source]}, row {row}"
         try:
             sample = read_patiently(lambda: self.sources[source].sample(row, choice), name)
-            name = f"{self.names[source]}, row {row} ({sample.key})"
+            name = f"{name} ({sample.key})"
             document = self.processor.document(sample)
         except (BrokenMedia, BrokenSample) as error:
             broken.append((name, str(error)))
             return self.processor.padding(length)
-        if len(document) > length:
-            document = document.cut(length)
-        if len(document) != length:
+        # Cutting whatever is too long would hide a sample that grew behind the plan's back.
+        if len(document) < length or (len(document) > length and not truncated):
             raise LengthMismatch(
                 f"{name}: the plan promised {length} tokens, the sample has {len(document)}. Was the tokenizer or an "
                 "encoder changed after planning? Delete the run's plan folder to plan anew"
             )
-        return document
+        return document.cut(length)
 
 
 def read_patiently(read: Callable[[], Sample], name: str) -> Sample:

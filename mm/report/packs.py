@@ -1,52 +1,59 @@
-"""The packs of a step as the model sees them: documents coloured, media in place, loss weights shown."""
+"""The packs of a step as the model sees them: documents coloured, media in place, loss weights shown.
+
+plan ─pack─▶ rows ─read, decode─▶ Document ─turns, spans─▶ PackView ─template─▶ page
+"""
 
 from __future__ import annotations
 
-import base64
-import io
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
+from typing import NamedTuple
 
-import jinja2
-from PIL import Image as PillowImage
+from mm.data.card import BrokenSample
+from mm.media import BrokenMedia
+from mm.packing.collate import Processor
+from mm.packing.plan import QUANTITIES
+from mm.report.page import counted, percent, render, thousands
+from mm.report.turns import Span, Turn, turns_of
+from mm.sample import Modality, Sample
+from mm.train.dataset import Blueprint, PlannedData, open_data
+from mm.train.recipe import Recipe
 
-from mm import media
-from mm.packing.collate import Document
-from mm.sample import Image, Modality, Sample
-from mm.tokenizers.text import TextTokenizer
-
-THUMBNAIL = 112  # pixels
-
-
-@dataclass(frozen=True)
-class Run:
-    """Neighbouring tokens that are shown alike: words with a loss weight, or one media item.
-
-    text: what is shown; thumbnail: data URL of a picture, or empty
-    tokens: how many of the stream; weight: loss weight of each as a target
-    """
-
-    modality: str
-    text: str
-    tokens: int
-    weight: float
-    thumbnail: str = ""
+MODALITIES = tuple(modality.label for modality in Modality)
 
 
 @dataclass(frozen=True)
 class DocumentView:
+    """A document of `length` tokens. Without turns it could not be read; `note` says so, or that its text was cut."""
+
     name: str
     length: int
-    runs: tuple[Run, ...]
+    turns: tuple[Turn, ...]
     note: str = ""
+
+    @property
+    def spans(self) -> list[Span]:
+        return [span for turn in self.turns for span in turn.spans]
+
+
+class Segment(NamedTuple):
+    """A piece of a pack's bar, in tokens: a span, or a whole document that could not be read (``broken``)."""
+
+    start: int
+    width: int
+    kind: str
+    weight: float
 
 
 @dataclass(frozen=True)
 class PackView:
+    """A pack as documents; `origin` says where it is from, such as ``demo-pretrain, step 0``."""
+
     number: int
     capacity: int
     documents: tuple[DocumentView, ...]
+    origin: str = ""
 
     @property
     def tokens(self) -> int:
@@ -56,46 +63,131 @@ class PackView:
     def fill(self) -> float:
         return self.tokens / self.capacity
 
+    @property
+    def spans(self) -> list[Span]:
+        return [span for document in self.documents for span in document.spans]
 
-def view_document(name: str, sample: Sample, document: Document, tokenizer: TextTokenizer) -> DocumentView:
-    """A document as coloured runs, in stream order."""
-    parts = list(sample.media)
-    starts = {item.start: (item, part) for item, part in zip(document.items, parts, strict=True)}
-    runs: list[Run] = []
-    at = 0
-    while at < len(document):
-        if at in starts:
-            item, part = starts[at]
-            label = f"{item.modality.label} {'×'.join(map(str, item.grid))} → {item.length} tokens"
-            thumbnail = _thumbnail(part.data) if item.modality is Modality.IMAGE else ""
-            runs.append(Run(item.modality.label, label, item.length, 0.0, thumbnail))
-            at += item.length
-            continue
-        end = at + 1
-        while end < len(document) and end not in starts and document.weights[end] == document.weights[at]:
-            end += 1
-        text = tokenizer.decode(document.tokens[at:end].tolist())
-        runs.append(Run("text", text, end - at, float(document.weights[at])))
-        at = end
-    return DocumentView(name, len(document), tuple(runs))
+    @property
+    def by_modality(self) -> dict[str, int]:
+        """Tokens of the modalities that occur."""
+        counts: Counter[str] = Counter()
+        for span in self.spans:
+            counts[span.modality] += span.tokens
+        return {name: counts[name] for name in MODALITIES if counts[name]}
+
+    @property
+    def with_loss(self) -> int:
+        """Tokens that are targets with a weight."""
+        return sum(span.tokens for span in self.spans if span.weight > 0)
+
+    @property
+    def heaviest(self) -> float:
+        """The greatest loss weight of a token, 0 if none bears loss."""
+        return max((span.weight for span in self.spans), default=0.0)
+
+    @property
+    def segments(self) -> list[Segment]:
+        """The spans of the pack in stream order."""
+        segments: list[Segment] = []
+        start = 0
+        for document in self.documents:
+            for span in document.spans or (Span("broken", "", document.length),):
+                segments.append(Segment(start, span.tokens, span.modality, span.weight))
+                start += span.tokens
+        return segments
+
+
+# Pages
+
+
+def inspect_page(data: PlannedData, step: int, packs_shown: int = 8) -> str:
+    """A page with the packs of a global batch, the first `packs_shown` of them in full.
+
+    Args:
+        step: number of the global batch, from 0.
+
+    Raises:
+        IndexError: the plan ends before this step.
+    """
+    packs = _packs_of_step(data, step)
+    shown = [view_pack(data, number) for number in packs[:packs_shown]]
+    return render_packs(shown, title=f"Global batch {thousands(step)}", subtitle=_describe(data, packs, len(shown)))
 
 
 def render_packs(packs: Sequence[PackView], *, title: str, subtitle: str) -> str:
-    """A self-contained HTML page."""
-    template = resources.files("mm.report").joinpath("templates/packs.html").read_text()
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["thousands"] = lambda value: f"{value:,}"
-    heaviest = max((run.weight for pack in packs for document in pack.documents for run in document.runs), default=1.0)
-    return environment.from_string(template).render(
-        packs=packs, title=title, subtitle=subtitle, heaviest=max(heaviest, 1e-9)
+    """A self-contained HTML page of packs."""
+    return render("packs.html", packs=packs, title=title, subtitle=subtitle, heaviest=heaviest(packs))
+
+
+def heaviest(packs: Sequence[PackView]) -> float:
+    """The greatest loss weight of a token in any of the packs: what is shown in the strongest colour."""
+    return max((pack.heaviest for pack in packs), default=0.0)
+
+
+def _describe(data: PlannedData, packs: Sequence[int], shown: int) -> str:
+    """The whole global batch in a line, from the plan alone."""
+    rows = [data.plan.pack(number) for number in packs]
+    tokens = sum(int(pack.length.sum()) for pack in rows)
+    media = sum(
+        data.media[source].tokens[row] for pack in rows for source, row in zip(pack.source, pack.row, strict=True)
     )
+    kinds = [f"{thousands(count)} {name}" for name, count in zip(QUANTITIES, media, strict=True) if count]
+    facts = [
+        counted(len(packs), "pack") + (f", the first {shown} shown" if shown < len(packs) else ""),
+        counted(sum(len(pack.row) for pack in rows), "document"),
+        f"{thousands(tokens)} tokens" + (f", of them {' and '.join(kinds)}" if kinds else ""),
+        f"fill {percent(tokens / (len(packs) * data.plan.options.capacity))}",
+    ]
+    return " · ".join(facts)
 
 
-def _thumbnail(data: bytes) -> str:
-    """A small JPEG as a data URL."""
-    picture = media.decode(Image(data))
-    assert isinstance(picture, PillowImage.Image)
-    picture.thumbnail((THUMBNAIL, THUMBNAIL))
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=80)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+# From the plan to views
+
+
+def view_packs(recipe: Recipe, step: int, shown: int) -> list[PackView]:
+    """The first packs of a global batch of a recipe, from the plan in its run folder, which is made if need be."""
+    data = open_data(
+        recipe, Blueprint.of(recipe), recipe.data.sources, recipe.folder / "plan", epochs=recipe.epochs, progress=False
+    )
+    return [view_pack(data, number, f"{recipe.name}, step {step}") for number in _packs_of_step(data, step)[:shown]]
+
+
+def view_pack(data: PlannedData, number: int, origin: str = "") -> PackView:
+    """One pack of the plan, its samples read and decoded; a sample that cannot be used says why."""
+    rows = data.plan.pack(number)
+    planned = (rows.source, rows.row, rows.choice, rows.length, rows.truncated)
+    documents = [_document_of_row(data, *row) for row in zip(*(column.tolist() for column in planned), strict=True)]
+    return PackView(number, data.plan.options.capacity, tuple(documents), origin)
+
+
+def view_document(
+    name: str, sample: Sample, processor: Processor, length: int | None = None, note: str = ""
+) -> DocumentView:
+    """A sample as a document, cut to `length` tokens if that is given.
+
+    Raises:
+        BrokenMedia: an item of the sample cannot be decoded.
+    """
+    document = processor.document(sample)
+    if length is not None:
+        document = document.cut(length)
+    return DocumentView(name, len(document), turns_of(sample, document, processor.text), note)
+
+
+def _packs_of_step(data: PlannedData, step: int) -> list[int]:
+    """Numbers of the packs of a global batch, without the empty ones that fill up the last."""
+    data.plan.ensure((step + 1) * data.plan.packs_per_batch)
+    return [number for number in data.plan.batch(step) if number >= 0]
+
+
+def _document_of_row(
+    data: PlannedData, source: int, row: int, choice: int, length: int, truncated: bool
+) -> DocumentView:
+    name = f"{data.names[source]} · row {row}"
+    try:
+        sample = data.indexes[source].sample(row, choice)
+        name = f"{data.names[source]} · {sample.key}"
+        note = "text cut at the end" if truncated else ""
+        return view_document(name, sample, data.blueprint.processor, length, note)
+    except (BrokenMedia, BrokenSample) as error:
+        return DocumentView(name, length, (), f"broken, replaced by padding: {error}")

@@ -11,13 +11,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -26,6 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from mm.train.parallel import World
+from mm.train.reading import DamagedCheckpoint, Planner, Reader
 
 POSITION = "position.json"
 WEIGHTS = "model.safetensors"
@@ -71,6 +74,7 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, posit
         dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=partial)
         if world.is_first:
             _write_durably(partial / POSITION, json.dumps(asdict(position)))
+            _flush_folder(partial)
             if final.exists():
                 shutil.rmtree(final)
             partial.rename(final)
@@ -94,7 +98,7 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Posi
     _check_names(path, model_state)
     state = {"model": model_state, "optimizer": optimizer_state}
     try:
-        dcp.load(state, checkpoint_id=path)
+        dcp.load(state, storage_reader=Reader(path), planner=Planner())
     except dcp.CheckpointException as error:
         raise CheckpointError(f"{path} does not fit this recipe: {_root_cause(error)}") from error
     set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state, options=BY_NAME)
@@ -115,7 +119,7 @@ def load_weights(path: Path, model: nn.Module) -> None:
         return
     read_position(path)
     _check_names(path, wanted)
-    dcp.load({"model": wanted}, checkpoint_id=path, no_dist=True)
+    dcp.load({"model": wanted}, storage_reader=Reader(path), planner=Planner(), no_dist=True)
     model.load_state_dict(wanted)
 
 
@@ -170,11 +174,14 @@ def read_position(path: Path) -> Position:
 
 
 def _check_names(path: Path, state: dict) -> None:
-    metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    try:
+        metadata = Reader(path).read_metadata().state_dict_metadata
+    except DamagedCheckpoint as error:
+        raise CheckpointError(str(error)) from error
     found = {
         name.removeprefix("model."): tuple(entry.size)
         for name, entry in metadata.items()
-        if name.startswith("model.") and hasattr(entry, "size")
+        if name.startswith("model.") and isinstance(entry, TensorStorageMetadata)
     }
     _compare(path, found, _shapes(state))
 
@@ -201,7 +208,7 @@ def _shapes(state: dict[str, Tensor]) -> dict[str, tuple]:
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
-def _untied(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _untied(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """The state without second names of the same storage."""
     seen: set[int] = set()
     unique = {}

@@ -268,7 +268,8 @@ class Ledger:
     def __init__(self, folder: Path, max_broken: float) -> None:
         self._path = folder / "ledger.jsonl"
         self._max_broken = max_broken
-        self._seen = self._broken = 0
+        self._seen = 0
+        self._broken: list[str] = []
 
     def add(self, batch: Batch) -> None:
         """Record the batch's broken samples.
@@ -277,13 +278,14 @@ class Ledger:
             RunError: more of the data is broken than the recipe allows.
         """
         self._seen += int((batch.rows[:, 0] >= 0).sum())
-        self._broken += len(batch.broken)
         for name, reason in batch.broken:
-            self.note(f"{name}: {reason}")
-        if self._broken > max(self._max_broken * self._seen, FORGIVEN):
+            self._broken.append(f"{name}: {reason}")
+            self.note(self._broken[-1])
+        if len(self._broken) > max(self._max_broken * self._seen, FORGIVEN):
+            last = "\n  ".join(self._broken[-FORGIVEN:])
             raise RunError(
-                f"{self._broken} of {self._seen} samples could not be used, more than data.max_broken allows "
-                f"({self._max_broken:.1%}); they are listed in {self._path}"
+                f"{len(self._broken)} of {self._seen} samples could not be used, more than data.max_broken allows "
+                f"({self._max_broken:.1%}); all are listed in {self._path}, the last ones:\n  {last}"
             )
 
     def note(self, event: str) -> None:

@@ -7,7 +7,7 @@ float32 is left as it is. https://docs.pytorch.org/docs/stable/distributed.fsdp.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,8 +16,10 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch._C._distributed_c10d import HashStore
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mm.model.multimodal import MultimodalLM
 
@@ -64,7 +66,7 @@ def join_world(timeout: timedelta = timedelta(minutes=30)) -> Iterator[World]:
         backend = "cpu:gloo,cuda:nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
-    store = dist.HashStore() if size == 1 else None
+    store = HashStore() if size == 1 else None
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     try:
         yield World(rank, size, device)
@@ -90,16 +92,29 @@ def parallelise(model: MultimodalLM, world: World, dtype: torch.dtype) -> None:
     if world.size == 1 and dtype == torch.float32:
         return
     mesh = init_device_mesh(world.device.type, (world.size,))
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    shard: Callable[[nn.Module], nn.Module] = lambda module: fully_shard(  # noqa: E731
-        module, mesh=mesh, mp_policy=policy, reshard_after_forward=world.size > 1
-    )
+    # Inputs are integers or already in the parameters' dtype. Casting them as well would round the loss weights to 16
+    # bits, and copy the layout for every block: each would derive its masks and indices anew.
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+
+    def shard(module: nn.Module) -> None:
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=world.size > 1)
+
     for encoder in model.encoders.values():
+        _keep_batch_norms_exact(encoder, mesh, dtype)
         for block in encoder.blocks():  # type: ignore[operator]
             shard(block)
     for block in model.decoder.blocks():
         shard(block)
     shard(model)
+
+
+def _keep_batch_norms_exact(encoder: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> None:
+    """BatchNorm's statistics are float32 and its kernels take no 16-bit parameters beside them, so it computes in
+    float32. `fold: true` of an encoder does away with it."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32, output_dtype=dtype)
+    for module in encoder.modules():
+        if isinstance(module, _BatchNorm):
+            fully_shard(module, mesh=mesh, mp_policy=policy)
 
 
 @dataclass(frozen=True)
