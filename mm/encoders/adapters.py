@@ -73,6 +73,13 @@ class GridAdapter(Adapter):
     def forward(self, features: Tensor, grids: Sequence[Grid]) -> Tensor:
         return self.feed_forward(self._rearrange_all(features, grids))
 
+    def before_last(self, features: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """(ΣS, C) what the last linear layer sees of (ΣF, C) features."""
+        rows = self._rearrange_all(features, grids)
+        for layer in list(self.feed_forward)[:-1]:
+            rows = layer(rows)
+        return rows
+
     def flops(self, grid: Grid) -> float:
         return self.feed_forward.flops(self.length(grid))
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mm import media
+from mm.configure import RecipeError
 from mm.encoders.base import Adapter, Grid, Transform
 from mm.packing.batch import IGNORE, Batch, Media
 from mm.sample import Modality, Sample
@@ -100,14 +101,17 @@ class Processor:
         return entrance.adapter.length(entrance.transform.grid(facts))
 
     def entrance(self, modality: Modality) -> Entrance:
-        """The way in of a modality; a `KeyError` with advice when the recipe has none."""
-        try:
-            return self.entrances[modality]
-        except KeyError:
-            raise KeyError(
+        """The way in of a modality.
+
+        Raises:
+            RecipeError: the recipe has none.
+        """
+        if modality not in self.entrances:
+            raise RecipeError(
                 f"the data holds {modality.label} but the recipe has no encoder for it; "
                 f"add model.encoders.{modality.label}"
-            ) from None
+            )
+        return self.entrances[modality]
 
     def document(self, sample: Sample) -> Document:
         """The sample decoded and tokenised.

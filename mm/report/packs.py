@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
 from mm.data.card import BrokenSample
 from mm.media import BrokenMedia
 from mm.packing.collate import Processor
@@ -17,7 +19,8 @@ from mm.packing.plan import QUANTITIES
 from mm.report.page import counted, percent, render, thousands
 from mm.report.turns import Span, Turn, turns_of
 from mm.sample import Modality, Sample
-from mm.train.dataset import Blueprint, PlannedData, open_data
+from mm.train.dataset import PlannedData
+from mm.train.preview import planned
 from mm.train.recipe import Recipe
 
 MODALITIES = tuple(modality.label for modality in Modality)
@@ -128,10 +131,11 @@ def _describe(data: PlannedData, packs: Sequence[int], shown: int) -> str:
     """The whole global batch in a line, from the plan alone."""
     rows = [data.plan.pack(number) for number in packs]
     tokens = sum(int(pack.length.sum()) for pack in rows)
-    media = sum(
-        data.media[source].tokens[row] for pack in rows for source, row in zip(pack.source, pack.row, strict=True)
-    )
-    kinds = [f"{thousands(count)} {name}" for name, count in zip(QUANTITIES, media, strict=True) if count]
+    media = np.zeros(len(QUANTITIES), np.int64)
+    for pack in rows:
+        for source, row in zip(pack.source, pack.row, strict=True):
+            media += data.media[source].tokens[row]
+    kinds = [f"{thousands(count)} {name}" for name, count in zip(QUANTITIES, media.tolist(), strict=True) if count]
     facts = [
         counted(len(packs), "pack") + (f", the first {shown} shown" if shown < len(packs) else ""),
         counted(sum(len(pack.row) for pack in rows), "document"),
@@ -146,9 +150,7 @@ def _describe(data: PlannedData, packs: Sequence[int], shown: int) -> str:
 
 def view_packs(recipe: Recipe, step: int, shown: int) -> list[PackView]:
     """The first packs of a global batch of a recipe, from the plan in its run folder, which is made if need be."""
-    data = open_data(
-        recipe, Blueprint.of(recipe), recipe.data.sources, recipe.folder / "plan", epochs=recipe.epochs, progress=False
-    )
+    data = planned(recipe)
     return [view_pack(data, number, f"{recipe.name}, step {step}") for number in _packs_of_step(data, step)[:shown]]
 
 

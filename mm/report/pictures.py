@@ -36,7 +36,9 @@ def thumbnail(data: bytes, size: int = THUMBNAIL) -> str:
     Raises:
         BrokenMedia: the picture cannot be decoded.
     """
-    return _thumbnail(media.decode(Image(data)), size)
+    picture = media.decode(Image(data))
+    assert isinstance(picture, PillowImage.Image)
+    return _thumbnail(picture, size)
 
 
 def _thumbnail(picture: PillowImage.Image, size: int = THUMBNAIL) -> str:

@@ -8,9 +8,10 @@ sample only tells whose words they are.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import NamedTuple
 
 from mm.packing.collate import Document, Item
@@ -104,11 +105,10 @@ def _places(sample: Sample, pieces: Sequence[_Piece]) -> list[_Place]:
     found: list[_Place | None] = [None] * len(pieces)
     first = 0
     for number, part in enumerate(sample.parts):
-        mine = (
-            _words(part.text.strip() if part.role else part.text, pieces, first)
-            if isinstance(part, Text)
-            else (_item(pieces, first))
-        )
+        if isinstance(part, Text):
+            mine = _words(part.text.strip() if part.role else part.text, pieces, first)
+        else:
+            mine = _item(pieces, first)
         found[mine.start : mine.stop] = [_Place(number, part.role or "")] * len(mine)
         first = max(first, mine.stop)
     return _with_scaffold(found, pieces)
@@ -121,28 +121,21 @@ def _item(pieces: Sequence[_Piece], first: int) -> range:
 
 
 def _words(words: str, pieces: Sequence[_Piece], first: int) -> range:
-    """The pieces that hold these words, from piece `first` on; all that are left if the end of the words was cut."""
+    """The pieces that hold these words, from piece `first` on.
+
+    Words whose end was cut, or that the tokenizer normalised, are taken to go on until the next media item.
+    """
     if not words.strip():
         return range(0)
-    text = "".join(piece.text for piece in pieces[first:])
-    begin = text.find(words)
+    ends = list(accumulate(len(piece.text) for piece in pieces[first:]))
+    begin = "".join(piece.text for piece in pieces[first:]).find(words)
     if begin < 0:
-        return range(first, len(pieces))
-    low = high = None
-    end = 0
-    for number in range(first, len(pieces)):
-        end += len(pieces[number].text)
-        if low is None and end > begin:
-            low = number
-        if end >= begin + len(words):
-            high = number
-            break
-    assert low is not None and high is not None  # `words` lie within `text`
-    return range(low, high + 1)
+        return range(first, next((n for n in range(first, len(pieces)) if pieces[n].item), len(pieces)))
+    return range(first + bisect_right(ends, begin), first + bisect_left(ends, begin + len(words)) + 1)
 
 
 def _with_scaffold(found: Sequence[_Place | None], pieces: Sequence[_Piece]) -> list[_Place]:
-    """Places for what is left: up to a line break, or as long as it bears loss, it ends a turn, else it opens the next."""
+    """Places of all: scaffold ends a turn up to a line break or as long as it bears loss, and then opens the next."""
     places: list[_Place] = []
     for empty, group in groupby(range(len(found)), key=lambda number: found[number] is None):
         gap = list(group)

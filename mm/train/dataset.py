@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 from filelock import FileLock
 
+from mm import configure
 from mm.data import columns
 from mm.data.card import Card
 from mm.data.index import Index, index_card
@@ -140,7 +141,8 @@ def open_data(
     indexes, media, planned = [], [], []
     with FileLock(cache / "indexing.lock"):
         for name, options in sources.items():
-            index = index_card(Card.load(options.card), options.split, cache / "index", progress=progress)
+            card = Card.load(configure.find_preset(options.card))
+            index = index_card(card, options.split, cache / "index", progress=progress)
             row_media = blueprint.media_of(index)
             text = _text_lengths(index, blueprint.processor, progress)
             media_tokens = row_media.tokens.sum(axis=1, keepdims=True)

@@ -14,12 +14,14 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
+from rich.progress import track
 from torch.utils.data import DataLoader
 
 from mm import configure
 from mm.model.multimodal import MultimodalLM, build_model
 from mm.objectives.next_token import NextToken
 from mm.packing.batch import Batch
+from mm.packing.materialise import MicroStep
 from mm.sample import Modality
 from mm.train import checkpoint
 from mm.train.checkpoint import Position
@@ -31,6 +33,7 @@ from mm.train.parts import trained_parts
 from mm.train.recipe import Recipe
 from mm.train.schedule import learning_rate_factor
 from mm.train.versions import versions
+from mm.train.warm_start import warm_start
 
 FORGIVEN = 8  # broken samples that no run stops for, however short it is
 NON_FINITE_IN_A_ROW = 5
@@ -51,10 +54,7 @@ def train(recipe: Recipe) -> Path:
         if recipe.data.validation:
             held_out = open_data(recipe, blueprint, recipe.data.validation, recipe.folder / "validation", epochs=1.0)
             held_out.plan.total_packs()
-        if recipe.steps is not None:
-            data.plan.ensure(recipe.steps * recipe.packing.packs_per_batch)
-        else:
-            data.plan.total_packs()
+        plan_ahead(recipe, data)
         with join_world() as world:
             return run(recipe, world, data, held_out)
 
@@ -68,9 +68,12 @@ def run(recipe: Recipe, world: World, data: PlannedData, held_out: PlannedData |
     model = build_model(recipe.model)
     if recipe.init_from and not resumed:
         checkpoint.load_weights(checkpoint.find(recipe.init_from), model)
+    model.to(world.device).train()
+    if recipe.warm_start and not resumed:
+        batches = first_packs(data, recipe.warm_start.packs, world)
+        warm_start(model, batches, data.blueprint.processor.text.end, recipe.warm_start.penalty)
     freeze(model, recipe.optim)
     factors = training_factors(trained_parts(model))
-    model.to(world.device).train()
     parallelise(model, world, dtype)
     optimizer = build_optimizer(model, recipe.optim)
     materialise_state(optimizer)
@@ -166,6 +169,14 @@ def validate(model: MultimodalLM, objective: NextToken, held_out: PlannedData, w
     }
 
 
+def first_packs(data: PlannedData, packs: int, world: World) -> Iterator[Batch]:
+    """The first packs of the plan, all of them on every process."""
+    dataset = data.materialiser()
+    numbers = range(min(packs, data.plan.planned))
+    for number in track(numbers, description="warm start", transient=True, disable=not world.is_first):
+        yield dataset[MicroStep(0, (number,))].to(world.device)
+
+
 def load_batches(recipe: Recipe, world: World, data: PlannedData, position: Position, total: int) -> Iterator[Batch]:
     """This rank's micro-batches from a position on, made ahead of time by the loader's workers."""
     steps = data.micro_steps(
@@ -180,6 +191,30 @@ def load_batches(recipe: Recipe, world: World, data: PlannedData, position: Posi
         pin_memory=world.device.type == "cuda",
     )
     return iter(loader)
+
+
+def plan_ahead(recipe: Recipe, data: PlannedData) -> None:
+    """Plan all packs that the run needs, from where it stands.
+
+    Raises:
+        RunError: the sources end before.
+    """
+    if recipe.steps is None:
+        data.plan.total_packs()
+        return
+    resumed = checkpoint.latest(recipe.folder / "checkpoints")
+    step, packs = 0, 0
+    if resumed:
+        position = checkpoint.read_position(resumed)
+        step, packs = position.step, position.packs
+    size = recipe.packing.packs_per_batch
+    planned = data.plan.ensure(packs + (recipe.steps - step) * size)
+    enough = step + -(-(planned - packs) // size)
+    if enough < recipe.steps:
+        raise RunError(
+            f"the recipe asks for {recipe.steps} steps and its sources hold enough for {enough}; lower `steps`, or "
+            "raise `epochs` of the sources"
+        )
 
 
 def total_steps(recipe: Recipe, data: PlannedData, position: Position) -> int:

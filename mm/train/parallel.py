@@ -91,6 +91,8 @@ def parallelise(model: MultimodalLM, world: World, dtype: torch.dtype) -> None:
     """Shard the model over all processes, in place; parameters stay float32, compute runs in `dtype`."""
     if world.size == 1 and dtype == torch.float32:
         return
+    for parameter in model.parameters():
+        parameter.data = parameter.data.contiguous()  # FSDP2 takes no convolution whose channels are last in memory
     mesh = init_device_mesh(world.device.type, (world.size,))
     # Inputs are integers or already in the parameters' dtype. Casting them as well would round the loss weights to 16
     # bits, and copy the layout for every block: each would derive its masks and indices anew.

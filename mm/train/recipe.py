@@ -15,6 +15,7 @@ from mm.tokenizers.text import TokenizerOptions
 from mm.train.optim import OptimOptions
 from mm.train.parallel import Precision
 from mm.train.schedule import ScheduleOptions
+from mm.train.warm_start import WarmStartOptions
 
 
 @dataclass
@@ -55,6 +56,7 @@ class Recipe:
     steps, epochs: how long; exactly one of them
     micro_batch: packs that one process works on at once
     init_from: run, checkpoint or export whose weights to start from (weights only, unlike resuming)
+    warm_start: where linear adapters start, see `mm.train.warm_start`
     precision: `auto` computes in bf16 where the device does so natively
     validate_every, save_every: steps; 0 means only at the end
     """
@@ -70,6 +72,7 @@ class Recipe:
     epochs: float | None = None
     micro_batch: int = 1
     init_from: str | None = None
+    warm_start: WarmStartOptions | None = None
     precision: Precision = "auto"
     objective: dict[str, Any] = field(default_factory=lambda: {"_target_": "mm.objectives.next_token.NextToken"})
     optim: OptimOptions = field(default_factory=OptimOptions)

@@ -1,0 +1,177 @@
+"""What a run folder tells of its training: ``metrics.jsonl``, ``recipe.yaml``, ``versions.json``, ``ledger.jsonl``."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+from mm.train.meter import PARTS
+from mm.train.recipe import Recipe
+
+Point = tuple[float, float]
+
+SHARES = ("mfu", "mfu_of_measured")
+"""Names of the share of a device's peak, see `mm.train.meter.device_peak`."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A training run of a longer story, by the name that it has there."""
+
+    name: str
+    folder: Path
+
+
+class Throughput(NamedTuple):
+    """Means over a run, weighted by time; validation and saving are left out.
+
+    seconds: in steps; tokens_per_second: real tokens; fill: real of all; data_wait: share of the time
+    flops_per_second: of all processes; flops: shares by part
+    share_of_peak: and whether that peak is a data sheet's (``mfu``) or was measured (``mfu_of_measured``)
+    """
+
+    seconds: float
+    tokens_per_second: float
+    fill: float
+    data_wait: float
+    flops_per_second: float
+    flops: dict[str, float]
+    share_of_peak: tuple[str, float] | None
+
+
+@dataclass(frozen=True)
+class History:
+    """A run as its folder records it.
+
+    reports: the lines of ``metrics.jsonl``; figures that were not finite are None
+    events: the lines of ``ledger.jsonl``: samples replaced by padding, skipped updates
+    """
+
+    name: str
+    recipe: Recipe
+    recipe_text: str
+    reports: tuple[dict[str, Any], ...]
+    versions: dict[str, str]
+    events: tuple[str, ...]
+
+    @classmethod
+    def read(cls, stage: Stage) -> Self:
+        """
+        Raises:
+            FileNotFoundError: the folder is not one of a training run.
+            ValueError: nothing was reported yet.
+        """
+        folder = stage.folder
+        reports = _lines(folder / "metrics.jsonl")
+        if not reports:
+            raise ValueError(f"{folder}/metrics.jsonl is empty: the run has not reported yet (see `log_every`)")
+        ledger = folder / "ledger.jsonl"
+        return cls(
+            stage.name,
+            Recipe.load(folder / "recipe.yaml"),
+            (folder / "recipe.yaml").read_text(encoding="utf-8"),
+            tuple(reports),
+            json.loads((folder / "versions.json").read_text(encoding="utf-8")),
+            tuple(line["event"] for line in _lines(ledger)) if ledger.exists() else (),
+        )
+
+    def points(self, figure: str) -> list[Point]:
+        """(step, value) wherever the figure was reported and finite."""
+        return [(report["step"], report[figure]) for report in self.reports if report.get(figure) is not None]
+
+    @property
+    def steps(self) -> int:
+        return self.reports[-1]["step"]
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens seen, media included."""
+        return self.reports[-1]["tokens"]
+
+    @cached_property
+    def throughput(self) -> Throughput:
+        """Every report stands for the steps since the one before."""
+        steps = [later - earlier for earlier, later in pairwise([0, *self._column("step")])]
+        seconds = [count * each for count, each in zip(steps, self._column("seconds_per_step"), strict=True)]
+        total = max(sum(seconds), 1e-9)
+
+        def over_time(figure: str) -> float:
+            return sum(time * (value or 0.0) for time, value in zip(seconds, self._column(figure), strict=True)) / total
+
+        real = [time * value for time, value in zip(seconds, self._column("tokens_per_second"), strict=True)]
+        slots = sum(tokens / fill for tokens, fill in zip(real, self._column("fill"), strict=True) if fill)
+        flops = [time * value for time, value in zip(seconds, self._column("flops_per_second"), strict=True)]
+        parts = {
+            part: sum(all * (share or 0.0) for all, share in zip(flops, self._column(f"flops/{part}"), strict=True))
+            for part in PARTS
+        }
+        share = next((name for name in SHARES if name in self.reports[-1]), None)
+        return Throughput(
+            seconds=sum(seconds),
+            tokens_per_second=sum(real) / total,
+            fill=sum(real) / slots if slots else 0.0,
+            data_wait=over_time("data_wait"),
+            flops_per_second=sum(flops) / total,
+            flops={part: done / sum(flops) for part, done in parts.items() if done},
+            share_of_peak=(share, over_time(share)) if share else None,
+        )
+
+    def _column(self, figure: str) -> list[Any]:
+        return [report.get(figure) for report in self.reports]
+
+    # ------------------------------------------------------------------------------------------ what the recipe says
+
+    @property
+    def language_model(self) -> str:
+        options = self.recipe.model.decoder
+        return Path(options.pretrained).stem if options.pretrained else "a language model from scratch"
+
+    @property
+    def encoders(self) -> dict[str, str]:
+        """Name of the encoder of each modality."""
+        return {
+            modality: str(options.get("name") or options["_target_"].rpartition(".")[2])
+            for modality, options in self.recipe.model.encoders.items()
+        }
+
+    @property
+    def trained(self) -> list[str]:
+        """The parts that train, in words."""
+        return [words for name, words in self._parts.items() if not self._frozen(name)]
+
+    @property
+    def frozen(self) -> list[str]:
+        """The parts that are frozen as a whole, in words."""
+        return [words for name, words in self._parts.items() if self._frozen(name)]
+
+    @property
+    def exceptions(self) -> list[str]:
+        """Patterns that freeze something within a part."""
+        options = self.recipe.optim.parts
+        return [
+            part.match for part in options if part.freeze and not any(self._match(part.match, n) for n in self._parts)
+        ]
+
+    @property
+    def _parts(self) -> dict[str, str]:
+        encoders = self.recipe.model.encoders
+        words = {f"encoders.{name}": f"the {name} encoder" for name in encoders}
+        words |= {f"adapters.{name}": f"the {name} adapter" for name in encoders}
+        return words | {"decoder": "the language model"}
+
+    def _frozen(self, name: str) -> bool:
+        """Whether the first pattern that matches the whole part freezes it."""
+        return next((part.freeze for part in self.recipe.optim.parts if self._match(part.match, name)), False)
+
+    @staticmethod
+    def _match(pattern: str, name: str) -> bool:
+        return re.search(pattern, f"{name}.") is not None
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
