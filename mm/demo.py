@@ -20,6 +20,7 @@ from mm.data.card import Card
 from mm.evaluate import CaptionedPicture, FrozenFeatures, Options, Suite, build_choice_suite, evaluate, write_suite
 from mm.evaluate.model import ModelAnswerer
 from mm.model.multimodal import MultimodalLM
+from mm.report.packs import view_packs
 from mm.report.run import Stage, run_page
 from mm.sample import Image, Modality
 from mm.train.export import export_run, load_trained
@@ -27,7 +28,6 @@ from mm.train.loop import train
 from mm.train.recipe import Recipe
 from mm.train.versions import versions
 
-STAGES = ("train/demo-pretrain.yaml", "train/demo-instruct.yaml")
 CARD = "data_cards/demo/card.yaml"
 PICTURES_AT_ONCE = 64
 GENERATED_QUESTIONS = 100
@@ -36,14 +36,15 @@ GENERATED_QUESTIONS = 100
 def run_demo(folder: Path, overrides: Sequence[str], console: Console) -> Path:
     """Run the whole demo into `folder` and return its report. A demo that was stopped goes on where it was."""
     started = time.monotonic()
-    stages: list[Stage] = []
-    for number, path in enumerate(STAGES, start=1):
-        name = Path(path).stem.removeprefix("demo-")
-        before = [f"init_from={stages[-1].folder}"] if stages else []
-        recipe = Recipe.load(path, [f"run={folder / name}", *before, *overrides])
-        console.rule(f"{number} of 4: {name}")
+    pretrain, instruct = folder / "pretrain", folder / "instruct"
+    recipes = [  # both are read before the first runs, so that a mistake in the second is told at once
+        Recipe.load("train/demo-pretrain.yaml", [f"run={pretrain}", *overrides]),
+        Recipe.load("train/demo-instruct.yaml", [f"run={instruct}", f"init_from={pretrain}", *overrides]),
+    ]
+    for number, recipe in enumerate(recipes, start=1):
+        console.rule(f"{number} of 4: {recipe.folder.name}")
         train(recipe)
-        stages.append(Stage(name, recipe.folder))
+    stages = [Stage(recipe.folder.name, recipe.folder) for recipe in recipes]
     exported = export_run(stages[-1].folder, folder / "checkpoint")
 
     console.rule("3 of 4: evaluation on held-out pictures")
@@ -66,7 +67,8 @@ def run_demo(folder: Path, overrides: Sequence[str], console: Console) -> Path:
 
     console.rule("4 of 4: report")
     report = folder / "report.html"
-    report.write_text(run_page("The mm demo", stages, suite, results), encoding="utf-8")
+    packs = [view for recipe in recipes for view in view_packs(recipe, step=0, shown=2)]
+    report.write_text(run_page("The mm demo", stages, suite, results, packs), encoding="utf-8")
     minutes = (time.monotonic() - started) / 60
     console.print(
         f"[bold]{minutes:.1f} minutes[/bold]. Look at {report}; the figures are in {folder / 'results.json'}."

@@ -61,7 +61,7 @@ class ModelAnswerer:
     def _trunks(self, prefixes: Sequence[tuple[Part, ...]]) -> list[Tensor]:
         """(P_i, D) embeddings of each prefix."""
         text = self.processor.text
-        beginning = [Piece((text.end,), loss=False)]  # what stands before a document in a stream without isolation
+        beginning = [Piece(text.begin or (text.end,), loss=False)]  # of a document that has nothing before its words
         documents = [self.processor.assemble(text.render_prompt(parts) if parts else beginning) for parts in prefixes]
         batch = self.processor.collate([documents], [[(0, 0)] * len(documents)]).to(self.device)
         return list(self.model.embed(batch).split(batch.offsets.diff().tolist()))

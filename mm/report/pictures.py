@@ -18,6 +18,7 @@ THUMBNAIL = 128  # pixels of the longer side
 WAVE = (176, 56)  # pixels
 CLOUD = 96  # pixels of a side
 MOST_POINTS = 4096
+SPARSE = 1000  # points; up to so many are drawn larger
 INK = {Modality.SPEECH: (22, 122, 112), Modality.POINT: (112, 72, 178)}
 
 
@@ -73,7 +74,11 @@ def _cloud(points: np.ndarray) -> str:
     rows = (CLOUD / 2 - 0.46 * CLOUD * up / reach).astype(int)
     canvas = np.full((CLOUD, CLOUD, 3), 255, np.uint8)
     order = np.argsort(depth, kind="stable")
-    canvas[rows[order], columns[order]] = _colours(points, depth)[order]
+    colours = _colours(points, depth)[order]
+    dot = range(1 if len(points) > SPARSE else 3)  # pixels of its side
+    for down in dot:
+        for right in dot:
+            canvas[rows[order] + down, columns[order] + right] = colours
     return _data_url(PillowImage.fromarray(canvas), "PNG")
 
 
