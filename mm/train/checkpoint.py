@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
@@ -114,7 +115,10 @@ def load_weights(path: Path, model: nn.Module) -> None:
     """
     wanted = model.state_dict()
     if (path / WEIGHTS).exists():
-        found = load_file(path / WEIGHTS)
+        try:
+            found = load_file(path / WEIGHTS)
+        except SafetensorError as error:
+            raise CheckpointError(f"{path / WEIGHTS} is damaged or no safetensors file: {error}") from error
         _compare(path, {name: tuple(tensor.shape) for name, tensor in found.items()}, _shapes(_untied(wanted)))
         model.load_state_dict(found, strict=False)  # tied tensors are stored once
         return
@@ -133,7 +137,8 @@ def export_weights(path: Path, model: nn.Module, world: World | None = None) -> 
     partial = path / f".{WEIGHTS}.partial"
     try:
         save_file({name: tensor.contiguous() for name, tensor in _untied(state).items()}, partial)
-    except (OSError, RuntimeError) as error:
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
         raise CheckpointError(f"could not write {path / WEIGHTS}: {error}") from error
     partial.replace(path / WEIGHTS)
 
