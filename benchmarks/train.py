@@ -10,7 +10,8 @@ those of samples, media slots included. Samples are those of `benchmarks.lengths
 any resolution is so many tiles of one size.
 
 The arms take turns, so that a busy machine slows all of them. Every arm works through all samples once; each turn holds
-an equal part of its batches, large and small alike.
+an equal part of its batches, large and small alike. The ratio is of all turns together, which hold exactly the same
+samples; smallest and largest are of single turns, whose samples are alike but not the same.
 
     python -m benchmarks.train            all tables
     python -m benchmarks.train --quick    small sizes, to see that it runs
@@ -21,7 +22,6 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -58,7 +58,7 @@ from mm.tokenizers.text import TextTokenizer
 SCALE = 4  # lengths of the mixture are divided by this
 BATCH = 8  # samples in a padded batch
 MEGABATCHES = 50  # batches that transformers sorts together, its default for any large data set
-HEAVIEST = 3  # batches that are run to find the peak of memory
+HEAVIEST = 2  # batches that are run to find the peak of memory
 TOLERANCE = 1e-4
 
 
@@ -138,10 +138,13 @@ def build_theirs(sizes: Sizes, ours: MultimodalLM, folder: Path) -> LlavaForCond
     theirs = LlavaForConditionalGeneration(config)
     theirs.model.language_model.load_state_dict(language.model.state_dict())
     theirs.lm_head.load_state_dict(language.lm_head.state_dict())
-    theirs.model.vision_tower.load_state_dict(ours.encoders["image"].tower.model.state_dict())  # type: ignore[union-attr]
-    first, _, second = ours.adapters["image"].feed_forward  # type: ignore[misc]
-    theirs.model.multi_modal_projector.linear_1.load_state_dict(first.state_dict())
-    theirs.model.multi_modal_projector.linear_2.load_state_dict(second.state_dict())
+    encoder: Any = ours.encoders["image"]
+    adapter: Any = ours.adapters["image"]
+    projector: Any = theirs.model.multi_modal_projector
+    theirs.model.vision_tower.load_state_dict(encoder.tower.model.state_dict())
+    first, _, second = adapter.feed_forward
+    projector.linear_1.load_state_dict(first.state_dict())
+    projector.linear_2.load_state_dict(second.state_dict())
     return theirs.train()
 
 
@@ -209,8 +212,8 @@ def pad(documents: Sequence[Document], sizes: Sizes, model: MultimodalLM) -> dic
         attention[row, : len(document)] = 1
     arguments = {"input_ids": tokens, "attention_mask": attention, "labels": labels}
     if pictures := [item.prepared for document in documents for item in document.items]:
-        pixels = model.encoders["image"].normalise(torch.stack(pictures))  # type: ignore[operator]
-        arguments["pixel_values"] = pixels.contiguous()
+        encoder: Any = model.encoders["image"]
+        arguments["pixel_values"] = encoder.normalise(torch.stack(pictures)).contiguous()
     return arguments
 
 
@@ -247,11 +250,11 @@ class Arm:
         self.optimizer.zero_grad()
 
     def run(self, loads: Sequence[Load]) -> float:
-        """Useful tokens a second over some batches."""
+        """Seconds for some batches."""
         start = time.perf_counter()
         for load in loads:
             self.step(load)
-        return sum(load.useful for load in loads) / (time.perf_counter() - start)
+        return time.perf_counter() - start
 
     def heaviest_first(self) -> list[Load]:
         return sorted(self.loads, key=lambda load: -load.computed)
@@ -333,20 +336,26 @@ def compare_speed(
     for arm in arms.values():
         arm.step(arm.heaviest_first()[-1])
     parts = {name: arm.dealt(turns) for name, arm in arms.items()}
-    speeds: dict[str, list[float]] = {name: [] for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(turns):
         for shift in range(len(names)):
             name = names[(turn + shift) % len(names)]
-            speeds[name].append(arms[name].run(parts[name][turn]))
+            seconds[name].append(arms[name].run(parts[name][turn]))
     useful = sum(map(len, documents))
     print(f"\n{title}: {len(documents)} samples, {useful} useful tokens, {turns} turns")
+    speeds = {
+        name: [
+            sum(load.useful for load in part) / lasted for part, lasted in zip(parts[name], seconds[name], strict=True)
+        ]
+        for name in names
+    }
     for name, arm in arms.items():
-        ratios = [our / their for our, their in zip(speeds["packed"], speeds[name], strict=True)]
         computed = sum(load.computed for load in arm.loads) / (useful + _image_tokens(documents))
+        ratios = [our / their for our, their in zip(speeds["packed"], speeds[name], strict=True)]
         print(
             f"  {name:16} {len(arm.loads):3} steps, {computed:4.2f} × the tokens, "
-            f"{statistics.median(speeds[name]):7.0f} useful tokens/s   "
-            f"packed is {statistics.median(ratios):.2f} × ({min(ratios):.2f} to {max(ratios):.2f})"
+            f"{useful / sum(seconds[name]):7.0f} useful tokens/s   packed is "
+            f"{sum(seconds[name]) / sum(seconds['packed']):.2f} × ({min(ratios):.2f} to {max(ratios):.2f})"
         )
 
 
@@ -392,7 +401,7 @@ class Mode(NamedTuple):
     turns: int
 
 
-FULL = Mode(Sizes(), samples=400, captions=240, turns=10)
+FULL = Mode(Sizes(), samples=400, captions=160, turns=10)
 QUICK = Mode(Sizes(vocabulary=2048, width=128, layers=2, tower_width=64, tower_layers=1), 64, 48, turns=3)
 
 
