@@ -18,8 +18,10 @@ from rich.table import Table
 from mm import configure
 from mm.configure import RecipeError
 
-# Idle OpenMP threads that spin slow a busy two-core machine down threefold (measured); read when torch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# OpenMP threads that spin long for each other make a busy machine several times slower (docs/demo.md). GNU's library
+# reads this when torch is imported; a policy of the user's own stands.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Pre-train vision-language models.")
 preset_app = typer.Typer(no_args_is_help=True, help="The files a recipe is made of: list, read, copy.")
