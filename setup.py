@@ -1,4 +1,4 @@
-"""The wheel carries the preset folders of the repository's top level as ``mm/presets/``; the rest is in pyproject.toml."""
+"""The wheel carries the preset folders of the top level as ``mm/presets/``; all else is in pyproject.toml."""
 
 from setuptools import find_packages, setup
 

