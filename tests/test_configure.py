@@ -444,7 +444,7 @@ def test_a_mistake_on_the_command_line_is_a_sentence_not_a_traceback(folder: Pat
     for command in (["copy", "encoders/small.yaml"], ["show", "encoders/smal.yaml"], ["ls", "encoder"]):
         done = run("-m", "mm", "preset", *command)
         assert done.returncode == 2
-        assert done.stderr.startswith("recipe error")
+        assert done.stderr.startswith("RecipeError")
         assert "Traceback" not in done.stderr
 
 

@@ -133,8 +133,8 @@ def asked(tokenizer: TextTokenizer, pieces: list[Piece]) -> list[str]:
 
 
 def with_options(tokenizer: TextTokenizer, **changes: Any) -> TextTokenizer:
-    definition, roles, template, end, around = tokenizer.__reduce__()[1]
-    options = {"template": template, "end": end, "around": around} | changes
+    definition, roles, template, end, begin, around = tokenizer.__reduce__()[1]
+    options = {"template": template, "end": end, "begin": begin, "around": around} | changes
     return TextTokenizer(definition, roles, **options)
 
 
@@ -526,3 +526,16 @@ def test_a_broken_gguf_file_is_an_error(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(RecipeError, match=name):
             TextTokenizer.load(str(tmp_path / name))
+
+
+def test_a_document_may_be_made_to_begin_with_a_token(families: Any) -> None:
+    plain = families["qwen2"][0]
+    tokenizer = with_options(plain, begin="<|im_start|>")
+    pair = Sample("s", "k", (Image(b""), Text("red apple")))
+    opening, *rest = tokenizer.render(pair)
+    assert opening.loss is False
+    assert [tokenizer.decode(opening.ids), *rest] == [tokenizer.decode(opening.ids), *plain.render(pair)]
+    assert opening.ids == tokenizer.begin != plain.begin
+    assert tokenizer.fingerprint != plain.fingerprint
+    with pytest.raises(RecipeError, match="begin"):
+        with_options(plain, begin="<|no such token|>")
