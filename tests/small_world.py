@@ -9,7 +9,7 @@ import io
 import json
 import os
 import shutil
-import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -38,6 +38,7 @@ ENCODERS: dict[str, dict[str, Any]] = {
         "name": "test_vit",
         "pretrained": False,
         "image_size": 32,
+        "layer": 0,
         "adapter": {"_target_": "mm.encoders.adapters.MLP"},
     },
     "speech": {
@@ -264,13 +265,21 @@ from mm.train.loop import train
 from mm.train.recipe import Recipe
 
 if __name__ == "__main__":
-    for number, (recipe, *changes) in enumerate(json.loads(sys.argv[1])):
-        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)  # addresses of the run before are not looked up again
+    # A store of its own for every run: in the launcher's a process would find addresses of the run before.
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+    for port, recipe, *changes in json.loads(sys.argv[1]):
+        os.environ["MASTER_PORT"] = str(port)
         train(Recipe.load(recipe, changes))
 """
 
 
-def train_together(folder: Path, processes: int, runs: Sequence[Sequence[str]], timeout: float = 240) -> None:
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def train_together(folder: Path, processes: int, runs: Sequence[Sequence[str]], timeout: float = 600) -> None:
     """Runs ``(recipe, *changes)``, one after another, on several processes under torchrun.
 
     Raises:
@@ -280,17 +289,17 @@ def train_together(folder: Path, processes: int, runs: Sequence[Sequence[str]], 
     script.write_text(ONE_AFTER_ANOTHER)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     started = subprocess.Popen(
-        [*launcher, str(script), json.dumps(runs)],
+        [*launcher, str(script), json.dumps([[free_port(), *run] for run in runs])],
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,
     )
     try:
         output, _ = started.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        os.killpg(started.pid, signal.SIGKILL)  # the launcher alone would leave its processes behind
+        started.terminate()  # a killed launcher would leave its processes behind
+        started.communicate()
         raise
     assert started.returncode == 0, output[-8000:]
 

@@ -15,12 +15,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint import FileSystemReader
 
 from mm.train import checkpoint
 from mm.train.checkpoint import CheckpointError
 from mm.train.loop import RunError
 from tests.conftest import LONG, Runs
 from tests.small_world import fork_run, losses, tiny_model, train_apart, train_here
+
+pytestmark = pytest.mark.timeout(900)  # the runs that the tests share take longest, and the first test waits for them
 
 # ----------------------------------------------------------------------------------------- resuming goes on exactly
 
@@ -104,7 +107,7 @@ def test_a_full_disk_is_a_clear_error_and_leaves_earlier_checkpoints(recipe: Pat
 def test_a_full_disk_is_a_clear_error_for_exports_too(tmp_path: Path) -> None:
     with largest_file(100_000), pytest.raises(CheckpointError, match=r"could not write .*model\.safetensors"):
         checkpoint.export_weights(tmp_path / "export", tiny_model())
-    assert not (tmp_path / "export" / "model.safetensors").exists()
+    assert not list((tmp_path / "export").iterdir())
 
 
 def test_only_the_newest_checkpoints_are_kept(recipe: Path, tmp_path: Path) -> None:
@@ -187,19 +190,14 @@ def test_a_damaged_description_is_refused(one: Path, tmp_path: Path, content: by
 def test_optimizer_options_that_call_functions_are_refused(recipe: Path, tmp_path: Path) -> None:
     run, trap = train_here(recipe, f"run={tmp_path / 'run'}", "steps=1"), tmp_path / "trap"
     path = checkpoint.find(run)
-    reader = torch.distributed.checkpoint.FileSystemReader(path)
-    entries = {index.fqn: place for index, place in reader.read_metadata().storage_data.items()}
-    place = entries["optimizer.param_groups.decoder.norm.weight.betas"]
-    file = path / place.relative_path
-    content = bytearray(file.read_bytes())
-    spoiled = path / "spoiled"
-    torch.save(Trap(trap), spoiled)
-    content_of_trap = spoiled.read_bytes()
-    metadata = reader.read_metadata()
-    for index, other in metadata.storage_data.items():
-        if index.fqn == "optimizer.param_groups.decoder.norm.weight.betas":
-            other.offset, other.length = len(content), len(content_of_trap)
-    file.write_bytes(bytes(content) + content_of_trap)
+    metadata = FileSystemReader(path).read_metadata()
+    (place,) = [
+        place for index, place in metadata.storage_data.items() if index.fqn.endswith("decoder.norm.weight.betas")
+    ]
+    torch.save(Trap(trap), tmp_path / "spoiled")
+    sound, spoiled = (path / place.relative_path).read_bytes(), (tmp_path / "spoiled").read_bytes()
+    place.offset, place.length = len(sound), len(spoiled)
+    (path / place.relative_path).write_bytes(sound + spoiled)
     (path / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(CheckpointError, match="does not fit"):
         train_here(recipe, f"run={run}", "steps=2")
@@ -209,5 +207,5 @@ def test_optimizer_options_that_call_functions_are_refused(recipe: Path, tmp_pat
 def test_weights_are_read_without_unpickling(tmp_path: Path) -> None:
     state = tiny_model().state_dict()
     torch.save(state, tmp_path / "model.safetensors")
-    with pytest.raises(Exception, match="(?i)header|safetensor"):
+    with pytest.raises(CheckpointError, match="damaged or no safetensors"):
         checkpoint.load_weights(tmp_path, tiny_model())

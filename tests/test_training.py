@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import json
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch.distributed.checkpoint import load as load_checkpoint
 
+from mm.configure import RecipeError
+from mm.data.shards import ShardChanged
 from mm.packing.batch import Batch
+from mm.packing.collate import LengthMismatch
 from mm.packing.materialise import MicroStep
 from mm.packing.plan import PlanChanged
 from mm.sample import Modality
 from mm.train import checkpoint
 from mm.train.checkpoint import Position
 from mm.train.dataset import Blueprint, PlannedData, open_data
-from mm.train.loop import load_batches
-from mm.train.parallel import World, resolve_precision
+from mm.train.loop import RunError, load_batches
+from mm.train.parallel import World, join_world, parallelise, resolve_precision
 from mm.train.reading import Reader
 from mm.train.recipe import Recipe
 from tests.conftest import Runs
 from tests.small_world import DECODER, ENCODERS, losses, tiny_model, train_here, write_recipe, write_source
+
+pytestmark = pytest.mark.timeout(900)  # the runs that the tests share take longest, and the first test waits for them
 
 CPU = torch.device("cpu")
 
@@ -155,8 +163,26 @@ def test_bf16_on_one_and_two_processes_stays_close_to_fp32(runs: Runs, tmp_path:
         assert rounded != exact
 
 
+def test_sharding_copies_no_layout_and_rounds_no_loss_weight(data: PlannedData) -> None:
+    """FSDP2 by default casts and copies whatever enters a block: masks would be derived anew in every layer."""
+    model = tiny_model()
+    batch = data.materialiser()[MicroStep(0, (0,))]
+    batch = replace(batch, weights=batch.weights * 1.001)
+    with join_world() as world:
+        parallelise(model, world, torch.bfloat16)
+        layouts, weights = [], []
+        for block in model.decoder.blocks():
+            block.register_forward_pre_hook(lambda _, inputs: layouts.append(inputs[1].layout))
+        model.register_forward_pre_hook(lambda _, inputs: weights.append(inputs[0].weights))
+        model(batch)
+    assert len(layouts) == 2
+    assert layouts[0] is layouts[1]
+    assert torch.equal(weights[0], batch.weights)
+
+
 def test_a_network_with_batch_norm_trains_in_bf16(recipe: Path, tmp_path: Path) -> None:
-    network = ["model.encoders.image.name=test_efficientnet", "model.encoders.image.image_size=64", "steps=3"]
+    image = "model.encoders.image"
+    network = [f"{image}.name=test_efficientnet", f"{image}.image_size=64", f"{image}.layer=null", "steps=3"]
     exact = losses(train_here(recipe, f"run={tmp_path / 'exact'}", *network))
     rounded = losses(train_here(recipe, f"run={tmp_path / 'rounded'}", *network, "precision=bf16"))
     assert list(rounded.values()) == pytest.approx(list(exact.values()), rel=2e-2)
@@ -304,7 +330,7 @@ def test_data_of_a_modality_without_an_encoder_is_refused(
 ) -> None:
     model = {"decoder": {"config": DECODER}, "encoders": {"image": ENCODERS["image"]}}
     without = write_recipe(tmp_path, corpus, tokenizer_folder, model=model)
-    with pytest.raises(RecipeError, match="model.encoders.speech"):
+    with pytest.raises(RecipeError, match=r"add model\.encoders\.speech"):
         train_here(without)
 
 
