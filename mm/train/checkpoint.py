@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -124,7 +125,9 @@ def load_weights(path: Path, model: nn.Module) -> None:
         return
     read_position(path)
     _check_names(path, wanted)
-    dcp.load({"model": wanted}, storage_reader=Reader(path), planner=Planner(), no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as `no_dist` asks for
+        dcp.load({"model": wanted}, storage_reader=Reader(path), planner=Planner(), no_dist=True)
     model.load_state_dict(wanted)
 
 
