@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 
+from mm.configure import RecipeError
 from mm.train import checkpoint
 from mm.train.checkpoint import CheckpointError
 from mm.train.loop import RunError
@@ -114,6 +115,11 @@ def test_only_the_newest_checkpoints_are_kept(recipe: Path, tmp_path: Path) -> N
     train_here(recipe, f"run={tmp_path}", "steps=4", "save_every=1", "keep=2")
     kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert kept == ["step-00000003", "step-00000004"]
+
+
+def test_a_run_keeps_at_least_one_checkpoint(recipe: Path) -> None:
+    with pytest.raises(RecipeError, match="keep is 0"):
+        train_here(recipe, "keep=0")
 
 
 # ---------------------------------------------------------------------------------------------- other architectures

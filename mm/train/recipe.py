@@ -87,6 +87,8 @@ class Recipe:
             raise RecipeError("a recipe needs exactly one of `steps` and `epochs`")
         if self.micro_batch < 1:
             raise RecipeError(f"micro_batch is {self.micro_batch}; it counts packs and must be at least 1")
+        if self.keep < 1:
+            raise RecipeError(f"keep is {self.keep}; without a checkpoint no run can be resumed, so it is at least 1")
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
