@@ -188,7 +188,6 @@ def load_batches(recipe: Recipe, world: World, data: PlannedData, position: Posi
         batch_size=None,
         num_workers=recipe.data.workers,
         prefetch_factor=4 if recipe.data.workers else None,
-        pin_memory=world.device.type == "cuda",
     )
     return iter(loader)
 
