@@ -65,5 +65,5 @@ def test_an_empty_pack_is_one_token_without_loss_so_that_its_rank_takes_part(pro
 
 
 def test_a_pack_over_its_capacity_is_an_error_that_names_both_counts(processor: Processor) -> None:
-    with pytest.raises(LengthMismatch, match="5 tokens.*capacity of 4"):
+    with pytest.raises(LengthMismatch, match=r"5 tokens.*capacity of 4"):
         processor.collate([[FIRST, SECOND]], [ROWS[0]], capacity=4)

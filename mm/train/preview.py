@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 from rich.table import Table
@@ -19,9 +23,15 @@ BATCHES = 32  # global batches over which balance is measured
 
 
 def planned(recipe: Recipe) -> PlannedData:
-    """The plan of a recipe, made or continued in its run folder as training would."""
-    blueprint = Blueprint.of(recipe)
-    data = open_data(recipe, blueprint, recipe.data.sources, recipe.folder / "plan", epochs=recipe.epochs)
+    """The plan of a recipe: that of its run where there is one, else one that lasts as long as this process.
+
+    A look at a recipe binds nothing: the next look may be at other options.
+    """
+    folder = recipe.folder / "plan"
+    if not (folder / "plan.json").exists():
+        folder = Path(tempfile.mkdtemp(prefix="mm-plan-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    data = open_data(recipe, Blueprint.of(recipe), recipe.data.sources, folder, epochs=recipe.epochs)
     if recipe.steps is not None:
         data.plan.ensure(recipe.steps * recipe.packing.packs_per_batch)
     else:
