@@ -51,7 +51,7 @@ def run_demo(folder: Path, overrides: Sequence[str], console: Console) -> Path:
     console.rule("3 of 4: evaluation on held-out pictures")
     card = Card.load(configure.find_preset(CARD))
     held_out = list(captioned_pictures(card, "heldout"))[:PICTURES]
-    suite = build_choice_suite(held_out, easy_per_picture=1, hard_per_picture=2, seed=0, score="per_token")
+    suite = build_choice_suite(held_out, easy_per_picture=1, hard_per_picture=2, seed=0)
     write_suite(suite, folder / "suite.tsv")
     trained = load_trained(exported)
     options = Options(
