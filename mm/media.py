@@ -18,7 +18,7 @@ import soundfile
 from PIL import Image as PillowImage
 from PIL import ImageFile
 
-from mm.sample import Image, MediaPart, Modality, Speech
+from mm.sample import BrokenSample, Image, MediaPart, Modality, Speech
 
 MAX_PIXELS = 64 * 1024**2
 """Most pixels of a picture: 192 MiB once it is decoded. A PNG of a few kilobytes may claim a thousand times that."""
@@ -54,8 +54,8 @@ _DAMAGED_HEADER = (ValueError, SyntaxError, TypeError, EOFError, RecursionError,
 """What NumPy raises on damaged ``.npy`` headers, which are Python literals."""
 
 
-class BrokenMedia(ValueError):
-    """A file that cannot be used; the message says why. Becomes a counted skip or padding, never a crash."""
+class BrokenMedia(BrokenSample):
+    """A file that cannot be used; the message says why."""
 
 
 class ImageFacts(NamedTuple):

@@ -13,6 +13,10 @@ from typing import ClassVar, Literal
 Role = Literal["system", "user", "assistant"]
 
 
+class BrokenSample(ValueError):
+    """A sample that cannot be used; the message says why. Becomes a counted skip or padding, never a crash."""
+
+
 class Modality(IntEnum):
     """The modality of a token of the stream, as stored in `Batch.modality`."""
 

@@ -34,6 +34,7 @@ from mm.train.optim import (
     restore_options,
     set_learning_rate,
 )
+from mm.train.parallel import leave_world
 from mm.train.schedule import ScheduleOptions, learning_rate_factor
 
 torch.set_num_threads(1)
@@ -294,6 +295,13 @@ def sharded_run(rank: int, size: int, folder: str) -> None:
     """One of `size` processes that train a model whose encoder stays unsharded and whose rest is sharded."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
+    train_sharded(rank, size, folder)
+    dist.barrier()
+    leave_world()
+
+
+def train_sharded(rank: int, size: int, folder: str) -> None:
+    """Three steps; writes the norms and the whole weights."""
     model = Model()
     options = OptimOptions(lr=0.05, weight_decay=0.1, parts=[Part("^encoder", lr=0.01)])
     mesh = init_device_mesh("cpu", (size,))
@@ -310,8 +318,6 @@ def sharded_run(rank: int, size: int, folder: str) -> None:
     assert not any(isinstance(p, DTensor) for p in model.encoder.parameters())
     weights = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in model.named_parameters()}
     torch.save({"norms": norms, "weights": weights}, f"{folder}/rank{rank}")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def test_sharded_training_equals_that_of_one_process(tmp_path: Path):

@@ -33,9 +33,9 @@ from typing import Any, Self
 import fsspec
 import yaml
 
-from mm.data.mapping import BrokenSample, MappingError, RecordMapping, check_keys, look_up, parse_mapping, prefixes
+from mm.data.mapping import MappingError, RecordMapping, check_keys, look_up, parse_mapping, prefixes
 from mm.data.shards import FORMATS, Record, Shard, ShardError, ShardStat, is_remote, open_shard, refuse_compressed
-from mm.sample import Sample
+from mm.sample import BrokenSample, Sample
 
 MAPPING_VERSION = 1
 """Raised when the same card gives other samples than before, so that indexes are built anew."""

@@ -25,8 +25,7 @@ from mm.data.card import Card
 from mm.data.index import Index, ShardIndex, shard_places
 from mm.data.passes import each_shard, read_stamp, write_table
 from mm.data.shards import ShardChanged
-from mm.media import BrokenMedia
-from mm.sample import Sample
+from mm.sample import BrokenSample, Sample
 
 _METADATA = b"mm.column"
 _NAME = re.compile(r"[A-Za-z0-9_]+")
@@ -52,7 +51,7 @@ def compute(
     Args:
         name: letters, digits and underscores.
         fingerprint: identity of the function and of all it depends on.
-        function: must pickle where there are processes. A sample on which it raises `BrokenMedia` gets null.
+        function: must pickle where there are processes. A sample on which it raises `BrokenSample` gets null.
         type: of the values.
         processes: how many work in parallel, 0 for this one only; see `mm.data.index.index_shards`.
 
@@ -156,7 +155,7 @@ class _Pass:
                 continue  # a record that is no sample has no row
             try:
                 found.append(self.values(functools.partial(self.card.sample, scanned.record)))
-            except BrokenMedia:
+            except BrokenSample:
                 found.append(None)
         shard.check()
         shard.close()

@@ -29,11 +29,10 @@ import pyarrow.parquet as pq
 from filelock import FileLock
 
 from mm.data.card import Card
-from mm.data.mapping import BrokenSample
 from mm.data.passes import each_shard, read_stamp, write_table
 from mm.data.shards import Place, Scanned, Shard, ShardFingerprint, ShardStat
 from mm.media import BrokenMedia, Facts, ImageFacts, PointFacts, SpeechFacts, facts
-from mm.sample import Modality, Sample, Text
+from mm.sample import BrokenSample, Modality, Sample, Text
 
 logger = logging.getLogger(__name__)
 
@@ -380,10 +379,10 @@ def _row(card: Card, scanned: Scanned) -> _Row:
             characters = [sum(len(part.text) for part in one.parts if isinstance(part, Text)) for one in samples]
             media = [(part.modality.value, *facts(part)) for part in samples[0].media]
             return _Row(samples[0].key, scanned.place, characters, media, _signature(media), None)
-        except BrokenSample as broken:
-            error = str(broken)
         except BrokenMedia as broken:
             error = f"broken media: {broken}"
+        except BrokenSample as broken:
+            error = str(broken)
     return _Row(scanned.key, scanned.place, [0 for _ in choices], [], 0, error)
 
 

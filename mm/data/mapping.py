@@ -19,7 +19,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mm.sample import MEDIA_PARTS, Modality, Part, Role, Text
+from mm.sample import MEDIA_PARTS, BrokenSample, Modality, Part, Role, Text
 
 ROLES: dict[str, Role] = {
     "system": "system",
@@ -53,10 +53,6 @@ CONTENT_TYPES = {
 Fields = Mapping[str, Any]
 Turn = tuple[Role, list[str | Modality]]
 """Who speaks, and the words, with a modality where a file of it belongs."""
-
-
-class BrokenSample(ValueError):
-    """A record that cannot become a sample; the message says why. It is counted in the index's errors."""
 
 
 class MappingError(ValueError):

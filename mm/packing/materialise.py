@@ -11,12 +11,10 @@ from typing import NamedTuple, Protocol
 
 from torch.utils.data import Dataset
 
-from mm.data.card import BrokenSample
-from mm.media import BrokenMedia
 from mm.packing.batch import Batch
 from mm.packing.collate import Document, LengthMismatch, Processor
 from mm.packing.plan import PlanReader
-from mm.sample import Sample
+from mm.sample import BrokenSample, Sample
 
 RETRIES = 4
 FIRST_WAIT = 0.5  # seconds; doubles with each retry
@@ -87,7 +85,7 @@ class Materialiser(Dataset[Batch]):
             sample = read_patiently(lambda: self.sources[source].sample(row, choice), name)
             name = f"{name} ({sample.key})"
             document = self.processor.document(sample)
-        except (BrokenMedia, BrokenSample) as error:
+        except BrokenSample as error:
             broken.append((name, str(error)))
             return self.processor.padding(length)
         # Cutting whatever is too long would hide a sample that grew behind the plan's back.

@@ -12,13 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mm.data.card import BrokenSample
-from mm.media import BrokenMedia
 from mm.packing.collate import Processor
 from mm.packing.plan import QUANTITIES
 from mm.report.page import counted, percent, render, thousands
 from mm.report.turns import Span, Turn, turns_of
-from mm.sample import Modality, Sample
+from mm.sample import BrokenSample, Modality, Sample
 from mm.train.dataset import PlannedData
 from mm.train.preview import planned
 from mm.train.recipe import Recipe
@@ -191,5 +189,5 @@ def _document_of_row(
         name = f"{data.names[source]} · {sample.key}"
         note = "text cut at the end" if truncated else ""
         return view_document(name, sample, data.blueprint.processor, length, note)
-    except (BrokenMedia, BrokenSample) as error:
+    except BrokenSample as error:
         return DocumentView(name, length, (), f"broken, replaced by padding: {error}")

@@ -29,7 +29,7 @@ from tokenizers import Tokenizer
 
 from mm.configure import RecipeError, find_preset
 from mm.locate import PACKAGE, locate
-from mm.sample import MediaPart, Modality, Part, Sample, Text
+from mm.sample import BrokenSample, MediaPart, Modality, Part, Sample, Text
 from mm.tokenizers.gguf import read_tokenizer
 
 CHATML = (
@@ -46,6 +46,14 @@ RULES = 1
 
 class ChatError(ValueError):
     """A chat that the template cannot render exactly; the message says which and why."""
+
+
+class RefusedChat(ChatError, BrokenSample):
+    """A chat that the template itself refuses, for the order of its roles; other chats are fine."""
+
+
+class _Refusal(TemplateError):
+    """What a template raises by ``raise_exception``."""
 
 
 class Piece(NamedTuple):
@@ -195,11 +203,12 @@ class TextTokenizer:
 
         Raises:
             ChatError: there is no template, or it does not give every message back once and in order.
+            RefusedChat: it refuses this chat.
         """
         try:
             return self._pieces(self._lay_out(sample))
         except ChatError as error:
-            raise ChatError(f"{sample.source}, {sample.key}: {error}") from error
+            raise type(error)(f"{sample.source}, {sample.key}: {error}") from error
 
     def render_prompt(self, parts: Sequence[Part]) -> list[Piece]:
         """The document up to where the model is to go on, without loss.
@@ -319,8 +328,10 @@ class TextTokenizer:
             text = _compiled(self._template).render(
                 messages=messages, tools=None, documents=None, add_generation_prompt=prompt, **self._roles
             )
+        except _Refusal as error:
+            raise RefusedChat(f"the chat template refuses the roles {', '.join(roles)}: {error}") from error
         except (TemplateError, TypeError) as error:  # TypeError: a template that expects contents of another shape
-            raise ChatError(f"the chat template refuses the roles {', '.join(roles)}: {error}") from error
+            raise ChatError(f"the chat template fails on the roles {', '.join(roles)}: {error}") from error
         texts = re.split(r"mmContent(\d+)End", text)
         found = [int(number) for number in texts[1::2]]
         if found != list(range(len(roles))):
@@ -506,7 +517,7 @@ def _compiled(template: str) -> Any:
 
 
 def _refuse(message: str) -> NoReturn:
-    raise TemplateError(message)
+    raise _Refusal(message)
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:

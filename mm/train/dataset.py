@@ -8,6 +8,7 @@ Every process calls `open_data`; file locks let the first do the work and the ot
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +27,12 @@ from mm.packing.collate import Processor
 from mm.packing.hashing import hash64
 from mm.packing.materialise import Materialiser, MicroStep
 from mm.packing.plan import QUANTITIES, PackingOptions, Plan, Source
-from mm.sample import Modality
+from mm.sample import BrokenSample, Modality
 from mm.tokenizers.text import TextTokenizer
 from mm.train.parallel import World
 from mm.train.recipe import Recipe, SourceOptions
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -194,4 +197,18 @@ def _text_lengths(index: Index, processor: Processor, progress: bool) -> np.ndar
         for choice, value in enumerate(values or ()):
             if value is not None:
                 lengths[row, choice] = value
+    _tell_unusable(index, processor, lengths)
     return lengths
+
+
+def _tell_unusable(index: Index, processor: Processor, lengths: np.ndarray) -> None:
+    """Warn of rows without a length, with the reason of the first."""
+    rows = np.flatnonzero((lengths[:, :, 0] == 0).all(axis=1))
+    if not len(rows):
+        return
+    reason = "its text is empty"
+    try:
+        processor.text_length(index.sample(int(rows[0])))
+    except BrokenSample as error:
+        reason = str(error)
+    logger.warning("%s: %d of %d rows cannot be used; the first: %s", index.card.name, len(rows), index.rows, reason)

@@ -6,6 +6,7 @@ float32 is left as it is. https://docs.pytorch.org/docs/stable/distributed.fsdp.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,6 +57,16 @@ def local_world() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def leave_world() -> None:
+    """Destroy the process group, and what still holds it.
+
+    A sharded model is a cycle of references and holds the group. Threads of gloo that outlive the interpreter take it
+    down with SIGABRT ("terminate called without an active exception") after correct work: torchrun reports a failure.
+    """
+    gc.collect()
+    dist.destroy_process_group()
+
+
 @contextmanager
 def join_world(timeout: timedelta = timedelta(minutes=30)) -> Iterator[World]:
     """The process group of a run: NCCL on GPUs, gloo on CPUs; one process needs no launcher."""
@@ -73,7 +84,7 @@ def join_world(timeout: timedelta = timedelta(minutes=30)) -> Iterator[World]:
         if size > 1:
             dist.barrier()  # a process that leaves earlier makes the others exit with an error after correct work
     finally:
-        dist.destroy_process_group()
+        leave_world()
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype:

@@ -18,7 +18,7 @@ from mm.train.optim import freeze
 from mm.train.parts import trained_parts
 from mm.train.recipe import Recipe
 
-WORLDS = (1, 2, 4, 8)
+WORLDS = (2, 4, 8)
 BATCHES = 32  # global batches over which balance is measured
 
 
@@ -91,21 +91,29 @@ def run_table(recipe: Recipe, data: PlannedData) -> Table:
     table = Table("figure", title="the run", title_justify="left")
     table.add_column("value", justify="right")
     steps = recipe.steps or data.plan.total_steps() or 0
-    table.add_row("packs", f"{statistics.packs:,} of {packing.capacity:,} tokens")
+    used = min(steps * packing.packs_per_batch, statistics.packs)
+    beyond = "" if used == statistics.packs else f"; {statistics.packs:,} are planned, and counted above"
+    table.add_row("packs", f"{used:,} of {packing.capacity:,} tokens{beyond}")
     table.add_row(
-        "fill",
-        f"{statistics.fill:.2%}, at least {statistics.lower_bound / statistics.packs:.2%} of the packs are needed",
+        "fill", f"{statistics.fill:.2%}; {1 - statistics.lower_bound / statistics.packs:.2%} of the packs too many"
     )
     table.add_row("steps", f"{steps:,} of {packing.packs_per_batch:,} packs")
     encoders, decoder = sampled_flops(recipe, data)
     total = (encoders + decoder) * steps
     table.add_row("training FLOPs", f"{total:.2e} ({encoders / (encoders + decoder):.1%} in encoders and adapters)")
     for name, peak in (("A100", 312e12), ("H100", 989e12)):
-        table.add_row(f"{name} hours at 40 % MFU", f"{total / (0.4 * peak) / 3600:,.3g}")
+        table.add_row(f"on one {name} at 40 % MFU", spoken(total / (0.4 * peak)))
     for world in WORLDS:
         if packing.packs_per_batch % world == 0:
             table.add_row(f"time lost to imbalance on {world} GPUs", f"{mean_imbalance(data, world) - 1:.1%}")
     return table
+
+
+def spoken(seconds: float) -> str:
+    """A time in the unit that people would say it in."""
+    if seconds < 100:
+        return f"{seconds:,.2g} seconds"
+    return f"{seconds / 60:,.0f} minutes" if seconds < 6000 else f"{seconds / 3600:,.0f} hours"
 
 
 def sampled_flops(recipe: Recipe, data: PlannedData) -> tuple[float, float]:
