@@ -94,9 +94,8 @@ def run_table(recipe: Recipe, data: PlannedData) -> Table:
     used = min(steps * packing.packs_per_batch, statistics.packs)
     beyond = "" if used == statistics.packs else f"; {statistics.packs:,} are planned, and counted above"
     table.add_row("packs", f"{used:,} of {packing.capacity:,} tokens{beyond}")
-    table.add_row(
-        "fill", f"{statistics.fill:.2%}; {1 - statistics.lower_bound / statistics.packs:.2%} of the packs too many"
-    )
+    above = 1 - statistics.lower_bound / statistics.packs
+    table.add_row("fill", f"{statistics.fill:.2%}, packs within {above:.2%} of the lower bound")
     table.add_row("steps", f"{steps:,} of {packing.packs_per_batch:,} packs")
     encoders, decoder = sampled_flops(recipe, data)
     total = (encoders + decoder) * steps
