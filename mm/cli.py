@@ -124,12 +124,45 @@ def inspect(
 ) -> None:
     """Write a page that shows the packs of a step as the model sees them."""
     from mm.report.packs import inspect_page
-    from mm.train.preview import planned
+    from mm.train.preview import planned_at
     from mm.train.recipe import Recipe
 
     file = recipe / "recipe.yaml" if recipe.is_dir() else recipe
-    out.write_text(inspect_page(planned(Recipe.load(file)), step, packs), encoding="utf-8")
+    out.write_text(inspect_page(*planned_at(Recipe.load(file), step), packs), encoding="utf-8")
     console.print(f"{out} shows step {step}")
+
+
+@app.command()
+def doctor(
+    shards: Annotated[list[str], typer.Argument(help="paths, globs, {0000..0099} ranges or URLs of shards")],
+    capacity: Annotated[int, typer.Option(help="tokens of a pack")] = 4096,
+    tokenizer: Annotated[str | None, typer.Option(help="preset, folder or hub name; else characters / 4")] = None,
+    image_tokens: Annotated[int, typer.Option(help="tokens a picture")] = 256,
+    parameters: Annotated[float, typer.Option(help="of the model, for the GPU hours")] = 2e9,
+    seconds: Annotated[float, typer.Option(help="how long to look")] = 60.0,
+    samples: Annotated[int, typer.Option(help="how many samples to look at, at most")] = 10_000,
+) -> None:
+    """Look at any shards for a minute: fields, a card for them, bad samples, histograms, packs, GPU hours."""
+    from mm.train.doctor import LookOptions, look
+
+    options = LookOptions(capacity, tokenizer, image_tokens, parameters, seconds, samples)
+    for part in look(shards, options).report():
+        if isinstance(part, str):
+            typer.echo(part)
+        else:
+            console.print(part)
+
+
+@app.command()
+def diff(
+    first: Annotated[Path, typer.Argument(help="a run folder")],
+    second: Annotated[Path, typer.Argument(help="another")],
+) -> None:
+    """Show what differs between two runs: recipe, versions, plan and data, figures, and where their losses part."""
+    from mm.train.diff import diff as differences
+
+    for table in differences(first, second):
+        console.print(table)
 
 
 @app.command()
@@ -218,7 +251,7 @@ def index(
 
 @data_app.command("build")
 def build_shards(
-    name: Annotated[str, typer.Argument(help="openclipart, image-folder or llava-json")],
+    name: Annotated[str, typer.Argument(help="openclipart, image-folder, llava-json or mmc4")],
     out: Annotated[Path, typer.Argument(help="folder for the shards and their card")],
     options: Annotated[list[str] | None, typer.Argument(help="of the builder: source=FOLDER …")] = None,
 ) -> None:
@@ -265,6 +298,58 @@ def show_sample(
             target = save / f"{row:06d}-{number}.{media.extension(part)}"
             target.write_bytes(part.data)
             console.print(f"  written to {target}", markup=False)
+
+
+@data_app.command("check")
+def check_data(
+    card: Annotated[Path, typer.Argument(help="a data card")],
+    split: Annotated[str | None, typer.Option(help="one split only; without it all, and what they share")] = None,
+    write: Annotated[bool, typer.Option("--write", help="put the measured statistics into the card's file")] = False,
+    processes: Annotated[int | None, typer.Option(help="how many work in parallel; all cores, at most 16")] = None,
+    near: Annotated[int, typer.Option(help="bits of 64 by which pictures that resemble each other differ")] = 8,
+) -> None:
+    """Verify a card: decode everything, find duplicates in and across splits, measure. Exit status 1 if it is wrong."""
+    from mm.data.card import Card
+    from mm.data.check import check_card
+    from mm.data.statistics import as_yaml, merged, write_statistics
+
+    report = check_card(Card.load(card), split, processes, near)
+    for table in report.tables():
+        console.print(table)
+    statistics = merged(report.card, report.statistics)
+    if not write:
+        console.print(as_yaml(statistics), markup=False, highlight=False, soft_wrap=True, end="")
+        console.print("(--write puts these statistics into the card)")
+    elif write_statistics(report.card.path, statistics):
+        console.print(f"{card} has the new statistics; the comments that stood among the old ones are gone")
+    else:
+        console.print(f"{card} has the new statistics")
+    wrong, notes = (sum(finding.wrong is kind for finding in report.findings) for kind in (True, False))
+    console.print(f"{'[green]sound[/green]' if report.sound else f'[red]{wrong} wrong[/red]'}, {notes} to know")
+    raise typer.Exit(0 if report.sound else 1)
+
+
+@data_app.command("drop")
+def drop_samples(
+    card: Annotated[Path, typer.Argument(help="a data card")],
+    samples: Annotated[list[str] | None, typer.Argument(help="keys or rows; without any, those dropped so far")] = None,
+    undo: Annotated[bool, typer.Option("--undo", help="take them back in")] = False,
+    split: Annotated[str, typer.Option(help="split of the card")] = "train",
+    folder: Annotated[Path, typer.Option(help="where indexes are kept")] = Path("~/.cache/mm/index"),
+) -> None:
+    """Leave samples out of every new plan. A file beside the card lists them; shards stay as they are."""
+    from mm.data.card import Card
+    from mm.data.drops import drop, dropped_rows, drops_file
+    from mm.data.index import index_card
+    from mm.data.labels import printable
+
+    rows = index_card(Card.load(card), split, folder.expanduser())
+    changed = drop(rows, samples, undo) if samples else dropped_rows(rows).nonzero()[0].tolist()
+    for row in changed:
+        console.print(f"{printable(rows.key[row].as_py())}, row {row}", highlight=False)
+    done = ("taken back in" if undo else "dropped") if samples else "dropped so far"
+    left_out = int(dropped_rows(rows).sum())
+    console.print(f"{len(changed):,} {done}; {left_out:,} of {rows.rows:,} are left out by {drops_file(rows.card)}")
 
 
 def main() -> None:

@@ -82,6 +82,18 @@ def typed(schema: type[T], mapping: Mapping[str, Any]) -> T:
     return _typed(schema, dict(mapping), _Place((), None))
 
 
+def derive(instance: T, changes: Mapping[str, Any]) -> T:
+    """The instance with `changes` laid over it, as a recipe is laid over its preset.
+
+    Raises:
+        RecipeError: as `load`.
+    """
+    nowhere = _Node(None, None)
+    changed = _noded(_escaped(dict(changes)), nowhere)
+    node = _laid_over(_noded(_escaped(dump(instance)), nowhere), changed, type(instance), ())
+    return _typed(type(instance), _interpolated(node), _Place((), None))
+
+
 def dump(instance: Any) -> Any:
     """Plain dicts, lists and scalars that `typed` turns back into an equal instance."""
     if is_dataclass(instance) and not isinstance(instance, type):

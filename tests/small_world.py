@@ -230,6 +230,15 @@ def losses(run: Path, figure: str = "loss") -> dict[int, float]:
     return {line["step"]: line[figure] for line in lines if figure in line}
 
 
+def seen(run: Path) -> dict[int, list[str]]:
+    """Digests of the packs of every step, over all ranks."""
+    steps: dict[int, list[str]] = {}
+    for path in (run / "seen").glob("rank-*.jsonl"):
+        for line in map(json.loads, path.read_text().splitlines()):
+            steps.setdefault(line["step"], []).extend(line["packs"])
+    return {step: sorted(packs) for step, packs in sorted(steps.items())}
+
+
 def train_here(recipe: Path, *changes: str) -> Path:
     """Train in this process, on one thread as `train_apart` does; returns the run folder."""
     threads = torch.get_num_threads()

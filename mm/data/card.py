@@ -4,7 +4,7 @@
     licence: …                                # of the data; what the release says, in a line
     origin: …                                 # where it was got, with what command
     description: …                            # optional
-    format: webdataset                        # or parquet
+    format: webdataset                        # or parquet, jsonl
     splits:
       train: {shards: ["cc3m/{00000..00331}.tar"]}      # paths, globs, ranges, ~, URLs; relative to the card's folder
     sample:                                   # parts in order, see mm.data.mapping
@@ -33,6 +33,7 @@ from typing import Any, Self
 import fsspec
 import yaml
 
+from mm.data.cache import ShardCache
 from mm.data.mapping import MappingError, RecordMapping, check_keys, look_up, parse_mapping, prefixes
 from mm.data.shards import FORMATS, Record, Shard, ShardError, ShardStat, is_remote, open_shard, refuse_compressed
 from mm.sample import BrokenSample, Sample
@@ -57,6 +58,7 @@ class Card:
     sample_form: the ``sample:`` of the card as written; `mapping` is what it means
     key: path of the field that labels a sample, or None for the record's own key
     path: the card's file
+    cache: where copies of its remote shards are kept; None reads them in place
     """
 
     name: str
@@ -69,6 +71,7 @@ class Card:
     description: str = ""
     key: str | None = None
     statistics: dict[str, Any] = field(default_factory=dict)
+    cache: ShardCache | None = None
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -127,7 +130,10 @@ class Card:
 
     def open(self, shard: str, expected: ShardStat | None = None) -> Shard:
         """A shard of this card for reading; of a parquet file only the columns that the card reads."""
-        return open_shard(shard, self.format, self._columns if self.format == "parquet" else (), expected)
+        columns = self._columns if self.format == "parquet" else ()
+        if self.cache is None or expected is None or not is_remote(shard):
+            return open_shard(shard, self.format, columns, expected)
+        return open_shard(shard, self.format, columns, expected, self.cache.file(shard, expected))
 
     @property
     def choices(self) -> tuple[float, ...]:

@@ -94,12 +94,46 @@ def load(index: Index, name: str, fingerprint: str) -> pa.ChunkedArray:
     return pa.chunked_array(chunks)
 
 
+def fingerprints(index: Index, name: str) -> list[str]:
+    """Fingerprints under which a column was computed for the shards of the index; where several were, of whole ones."""
+    found = {folder: _fingerprint(index, folder) for folder in _folders(index, name) if _files(index, folder)}
+    if len(found) > 1:
+        found = {
+            folder: fingerprint
+            for folder, fingerprint in found.items()
+            if not any(_problem(entry, folder / entry.file) for entry in index.shards)
+        } or found
+    return sorted(found.values())
+
+
+def names(index: Index) -> list[str]:
+    """Names of the columns that were computed for shards of the index."""
+    return sorted({folder.name.rpartition("-")[0] for folder in _folders(index) if _files(index, folder)})
+
+
 def column_folder(index: Index, name: str, fingerprint: str) -> Path:
     """Where the files of a column are."""
     if not _NAME.fullmatch(name):
         raise ColumnError(f"column name {name!r}: letters, digits and underscores only, it is used in expressions")
     digest = hashlib.blake2b(fingerprint.encode(), digest_size=8).hexdigest()
     return index.folder / "columns" / f"{name}-{digest}"
+
+
+def _folders(index: Index, name: str = "*") -> list[Path]:
+    """Folders of computed columns, of this card and of others: they share a folder as their indexes do."""
+    if name != "*" and not _NAME.fullmatch(name):
+        return []
+    return sorted((index.folder / "columns").glob(f"{name}-{'[0-9a-f]' * 16}"))
+
+
+def _files(index: Index, folder: Path) -> set[str]:
+    """The files in the folder of a column that are for shards of the index."""
+    return {path.name for path in folder.iterdir()} & {entry.file for entry in index.shards}
+
+
+def _fingerprint(index: Index, folder: Path) -> str:
+    stamp = read_stamp(folder / min(_files(index, folder)), _METADATA)
+    return stamp["fingerprint"]
 
 
 def _run(

@@ -18,7 +18,7 @@ import os
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,9 +28,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock
 
+from mm.data.cache import fetch_ahead
 from mm.data.card import Card
 from mm.data.passes import each_shard, read_stamp, write_table
-from mm.data.shards import Place, Scanned, Shard, ShardFingerprint, ShardStat
+from mm.data.shards import Place, Scanned, Shard, ShardFingerprint, ShardStat, is_remote
 from mm.media import BrokenMedia, Facts, ImageFacts, PointFacts, SpeechFacts, facts
 from mm.sample import BrokenSample, Modality, Sample, Text
 
@@ -60,6 +61,7 @@ class ShardIndex:
     rows, errors: numbers of samples, and of records that are none
     stat, fingerprint: of the shard when it was indexed
     mapping: fingerprint of the card's record mapping
+    dropped: number of files that records lack and their samples do without, see `RecordMapping.dropped`
     """
 
     shard: str
@@ -69,6 +71,7 @@ class ShardIndex:
     stat: ShardStat
     fingerprint: ShardFingerprint
     mapping: str
+    dropped: int = 0
 
     @property
     def stamp(self) -> str:
@@ -185,6 +188,8 @@ class Index:
             examples.setdefault(kind, f"{key!r} in {shard}: {reason}")
         lines = [f"{self.card.name}/{self.split}: {self.rows} samples in {len(self.shards)} shards"]
         lines += [f"  {count} x {kind}, first {examples[kind]}" for kind, count in counts.most_common(most)]
+        if dropped := sum(shard.dropped for shard in self.shards):
+            lines.append(f"  {dropped} pictures that were not in their records are left out of pages (`missing: drop`)")
         return "\n".join(lines)
 
     @cached_property
@@ -240,6 +245,28 @@ class _Reader:
         return self._open[number]
 
 
+def fetch_rows_ahead(indexes: Sequence[Index], source: np.ndarray, row: np.ndarray) -> None:
+    """Fetches the remote shards of rows that come next into their cache, in the background and in that order.
+
+    Args:
+        source: (k,) which of the indexes each row is of.
+        row: (k,) its number there.
+    """
+    coming: list[tuple[int, str, ShardStat]] = []
+    for number, index in enumerate(indexes):
+        if index.card.cache is None:
+            continue
+        (positions,) = np.nonzero(source == number)
+        shards = np.searchsorted(index.starts, row[positions], side="right") - 1
+        for shard, first in zip(*np.unique(shards, return_index=True), strict=True):
+            entry = index.shards[shard]
+            if is_remote(entry.shard):
+                coming.append((int(positions[first]), entry.shard, entry.stat))
+    if coming:
+        cache = next(index.card.cache for index in indexes if index.card.cache is not None)
+        fetch_ahead(cache, [(path, stat) for _, path, stat in sorted(coming)])
+
+
 def shard_places(folder: Path, entry: ShardIndex) -> np.ndarray:
     """(rows, 2) int64 places of the samples of one shard, from its file in the index folder."""
     return _flat(_rows(folder, entry, ["place"]), "place").to_numpy(zero_copy_only=False).reshape(-1, 2)
@@ -285,7 +312,7 @@ def index_shards(
     work = functools.partial(_index_shard, card, folder)
     entries |= each_shard(work, missing, processes, f"indexing {card.name}", progress)
     index = Index(card, split, folder, [entry for entry in entries.values() if entry is not None])
-    if sum(entry.errors for entry in index.shards):
+    if any(entry.errors or entry.dropped for entry in index.shards):
         logger.warning("%s", index.summary())
     if not index.rows:
         raise IndexingError(f"{card.path}: no usable sample in split {split!r}\n{index.summary()}")
@@ -312,17 +339,17 @@ def _index_shard(card: Card, folder: Path, shard: str) -> ShardIndex:
         entry = _current(card, folder, shard)
         if entry is not None:
             return entry
-        opened = card.open(shard)
-        opened.expected = stat = opened.file.stat()
+        stat = card.open(shard).file.stat()
+        opened = card.open(shard, stat)
         fingerprint = opened.file.fingerprint()
         before = _load_entry(file)
         if before is not None and before.fingerprint == fingerprint:
             entry, table = before, pq.read_table(file)  # copied or touched: the same bytes under another date
-            entry = ShardIndex(shard, file.name, entry.rows, entry.errors, stat, fingerprint, entry.mapping)
+            entry = replace(entry, shard=shard, file=file.name, stat=stat, fingerprint=fingerprint)
         else:
-            table, rows = _scan(card, opened)
+            table, rows, dropped = _scan(card, opened)
             mapping = card.mapping_fingerprint
-            entry = ShardIndex(shard, file.name, rows, table.num_rows - rows, stat, fingerprint, mapping)
+            entry = ShardIndex(shard, file.name, rows, table.num_rows - rows, stat, fingerprint, mapping, dropped)
         opened.check()
         opened.close()
         write_table(table, file, _METADATA, {"version": INDEX_VERSION, **asdict(entry)})
@@ -338,13 +365,16 @@ def _load_entry(file: Path) -> ShardIndex | None:
     return ShardIndex(stat=stat, fingerprint=fingerprint, **stamp)
 
 
-def _scan(card: Card, shard: Shard) -> tuple[pa.Table, int]:
-    """The table of a shard, rows before errors, and the number of rows."""
+def _scan(card: Card, shard: Shard) -> tuple[pa.Table, int, int]:
+    """The table of a shard, rows before errors, the number of rows, and of files that they do without."""
     rows: list[_Row] = []
     errors: list[_Row] = []
+    dropped = 0
     for scanned in shard.scan():
         row = _row(card, scanned)
         (rows if row.error is None else errors).append(row)
+        if row.error is None and scanned.record is not None:
+            dropped += card.mapping.dropped(scanned.record.fields)
     columns = list(zip(*rows, *errors, strict=True)) if rows or errors else [()] * len(_Row._fields)
     schema = pa.schema(
         [
@@ -357,7 +387,7 @@ def _scan(card: Card, shard: Shard) -> tuple[pa.Table, int]:
         ]
     )
     arrays = [pa.array(column, type) for column, type in zip(columns, schema.types, strict=True)]
-    return pa.Table.from_arrays(arrays, schema=schema), len(rows)
+    return pa.Table.from_arrays(arrays, schema=schema), len(rows), dropped
 
 
 class _Row(NamedTuple):

@@ -2,6 +2,7 @@
 
     Parts   an ordered list of parts, each read from a field      caption pairs, transcripts, questions in columns
     Chat    one field holds a conversation with media markers     LLaVA turns, message lists, question–answer lists
+    Page    two lists hold the texts and pictures of a page       OBELICS, InfiMM-WebMath, MMC4
 
 A field is named by a path: ``txt``; ``json.recaption``, a key of the JSON in ``json``; ``captions.0``, the first of a
 list column. Nothing in a record is executed, opened as a path or fetched as an address.
@@ -9,17 +10,19 @@ list column. Nothing in a record is executed, opened as a path or fetched as an 
 
 from __future__ import annotations
 
+import binascii
 import itertools
 import json
 import math
 import re
 from abc import ABC, abstractmethod
-from collections import Counter
+from base64 import b64decode
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mm.sample import MEDIA_PARTS, BrokenSample, Modality, Part, Role, Text
+from mm.sample import MEDIA_PARTS, BrokenSample, Image, Modality, Part, Role, Text
 
 ROLES: dict[str, Role] = {
     "system": "system",
@@ -50,6 +53,9 @@ CONTENT_TYPES = {
 }
 """Types of the items of a message's content list; each stands for the next file. Addresses in them are ignored."""
 
+PARAGRAPHS, SENTENCES = "\n\n", " "
+"""What stands between neighbouring texts of a page: of one whose lists lie side by side, and of one with sentences."""
+
 Fields = Mapping[str, Any]
 Turn = tuple[Role, list[str | Modality]]
 """Who speaks, and the words, with a modality where a file of it belongs."""
@@ -76,6 +82,10 @@ class RecordMapping(ABC):
     def paths(self) -> Iterator[str]:
         """The field paths that are read."""
 
+    def dropped(self, fields: Fields) -> int:
+        """Number of files that the record lacks and that its sample does without, because the card says so."""
+        return 0
+
 
 # -------------------------------------------------------------------------------------------------------------- parts
 
@@ -100,6 +110,7 @@ class MediaFiles:
     modality: Modality
     fields: tuple[str, ...]
     role: Role | None = None
+    base64: bool = False
 
 
 class Parts(RecordMapping):
@@ -119,7 +130,7 @@ class Parts(RecordMapping):
                 parts.append(Text(_first_words(fields, next(picked).fields), part.loss, part.role))
             else:
                 kind = MEDIA_PARTS[part.modality]
-                parts += [kind(data, part.role) for data in _first_files(fields, part.fields)]
+                parts += [kind(data, part.role) for data in _first_files(fields, part.fields, part.base64)]
         return tuple(parts)
 
     def paths(self) -> Iterator[str]:
@@ -141,20 +152,24 @@ class Chat(RecordMapping):
             ``{role, content}`` (messages) or ``{user, assistant}`` (question and answer).
         files: for each modality the paths of its files, all that are present, in this order.
         front: put all files before the words of the first user turn, instead of where their markers are.
+        base64: files are texts in base64.
     """
 
     choices = (1.0,)
 
-    def __init__(self, field: str, files: Mapping[Modality, tuple[str, ...]], front: bool = False) -> None:
+    def __init__(
+        self, field: str, files: Mapping[Modality, tuple[str, ...]], front: bool = False, base64: bool = False
+    ) -> None:
         self._field = field
         self._files = dict(files)
         self._front = front
+        self._base64 = base64
         markers = [] if front else [re.escape(marker) for marker, modality in MARKERS.items() if modality in files]
         self._markers = re.compile(f"({'|'.join(markers)})") if markers else None
 
     def parts(self, fields: Fields, choice: int) -> tuple[Part, ...]:
         turns: list[Turn] = [(role, self._pieces(content, role)) for role, content in _turns(fields, self._field)]
-        files = {modality: _all_files(fields, paths) for modality, paths in self._files.items()}
+        files = {modality: _all_files(fields, paths, self._base64) for modality, paths in self._files.items()}
         if self._front:
             _put_in_front(turns, files)
         _check_turns(turns)
@@ -243,6 +258,153 @@ def _check_counts(turns: list[Turn], files: Mapping[Modality, list[bytes]]) -> N
             )
 
 
+# --------------------------------------------------------------------------------------------------------------- page
+
+
+@dataclass(frozen=True, slots=True)
+class PictureFiles:
+    """Where the picture of an entry of a page's list is.
+
+    The entry itself is bytes, Hugging Face's ``{bytes, path}``, or the name of a file of the record (what follows the
+    first dot of a member's name, in any case).
+
+    file: the entry is a mapping, and this its key for the same
+    numbered: instead, picture n of the page, counted from 0, is the first field that is there of ``n.<extension>``
+    base64: text is not a name but the file in base64
+    """
+
+    file: str | None = None
+    numbered: tuple[str, ...] = ()
+    base64: bool = False
+
+    def find(self, fields: Fields, entry: Any, number: int) -> bytes | None:
+        """The file of picture `number` of a page, None if the record does not hold it.
+
+        Raises:
+            BrokenSample: the entry is of another form.
+        """
+        if self.numbered:
+            entry = next(filter(None, (fields.get(f"{number}.{extension}") for extension in self.numbered)), None)
+        elif self.file is not None:
+            if not isinstance(entry, dict):
+                raise BrokenSample(
+                    f"broken page: picture {number} is a {_kind(entry)}, not a mapping with {self.file!r}"
+                )
+            entry = entry.get(self.file)
+        if isinstance(entry, dict):
+            entry = entry.get("bytes")
+        if isinstance(entry, str):
+            entry = _from_base64(entry, f"picture {number}") if self.base64 else fields.get(entry.lower())
+        if not isinstance(entry, bytes | None):
+            raise BrokenSample(f"no file: picture {number} of the page is a {_kind(entry)}")
+        return entry or None
+
+
+class Page(RecordMapping):
+    """An interleaved page in two lists, in one of two forms.
+
+    Side by side (OBELICS, InfiMM-WebMath): lists of equal length, of which exactly one holds something at each place.
+    Matched (MMC4): the entries of `images` are mappings that tell the number of the text that they stand before.
+
+    Neighbouring texts become one part, and blank ones none; the words are left as they are.
+
+    Args:
+        texts: path of the list of texts.
+        images: path of the list of pictures.
+        files: where the pictures are.
+        at: key of the text's number in the entries of a matched page, None for lists that lie side by side.
+        drop: leave out a picture that the record does not hold, instead of refusing the page.
+        join: stands between neighbouring texts.
+    """
+
+    choices = (1.0,)
+
+    def __init__(
+        self, texts: str, images: str, files: PictureFiles, at: str | None = None, drop: bool = False, join: str = ""
+    ) -> None:
+        self._texts = texts
+        self._images = images
+        self._files = files
+        self._at = at
+        self._drop = drop
+        self._join = join
+
+    def parts(self, fields: Fields, choice: int) -> tuple[Part, ...]:
+        found = [one for one in self._contents(fields) if one is not None]
+        parts: list[Part] = []
+        for is_text, group in itertools.groupby(found, lambda one: isinstance(one, str)):
+            if is_text:
+                parts.append(Text(self._join.join(map(str, group))))
+            else:
+                parts += [Image(data) for data in group if isinstance(data, bytes)]
+        if not any(isinstance(part, Text) for part in parts):
+            raise BrokenSample("empty text: the page holds no words, nothing to learn")
+        return tuple(parts)
+
+    def paths(self) -> Iterator[str]:
+        yield self._texts
+        yield self._images
+
+    def dropped(self, fields: Fields) -> int:
+        return sum(one is None for one in self._contents(fields)) if self._drop else 0
+
+    def _contents(self, fields: Fields) -> Iterator[str | bytes | None]:
+        """Texts that are not blank and pictures in the order of the page, None for a picture that is dropped."""
+        texts, images = (_list(fields, path) for path in (self._texts, self._images))
+        return self._side_by_side(fields, texts, images) if self._at is None else self._matched(fields, texts, images)
+
+    def _side_by_side(self, fields: Fields, texts: list[Any], images: list[Any]) -> Iterator[str | bytes | None]:
+        if len(texts) != len(images):
+            raise BrokenSample(
+                f"broken page: {len(texts)} {self._texts!r} beside {len(images)} {self._images!r}; lists without `at` "
+                "are of equal length"
+            )
+        number = 0
+        for place, (text, image) in enumerate(zip(texts, images, strict=True)):
+            if text is None:
+                yield self._picture(fields, image, number)
+                number += 1
+            elif image is not None:
+                raise BrokenSample(f"broken page: a text and a picture at place {place}, where one should be null")
+            else:
+                yield from self._words(text)
+
+    def _matched(self, fields: Fields, texts: list[Any], images: list[Any]) -> Iterator[str | bytes | None]:
+        before: defaultdict[int, list[bytes | None]] = defaultdict(list)
+        for number, entry in enumerate(images):
+            place = entry.get(self._at) if isinstance(entry, dict) else None
+            if type(place) is not int or not 0 <= place < len(texts):
+                raise BrokenSample(f"broken page: {self._at!r} of picture {number} is {place!r}, of {len(texts)} texts")
+            before[place].append(self._picture(fields, entry, number))
+        for number, text in enumerate(texts):
+            yield from before[number]
+            yield from self._words(text)
+
+    def _picture(self, fields: Fields, entry: Any, number: int) -> bytes | None:
+        data = self._files.find(fields, entry, number)
+        if data is None and not self._drop:
+            raise BrokenSample(
+                f"missing picture: no bytes for picture {number} of the page, {repr(entry)[:120]}; the record has "
+                f"{', '.join(sorted(fields))[:120]}. Addresses are not fetched; `missing: drop` in the card leaves "
+                "such pictures out"
+            )
+        return data
+
+    def _words(self, text: Any) -> Iterator[str]:
+        words = _words(text, self._texts)
+        if words.strip():
+            yield words
+
+
+def _list(fields: Fields, path: str) -> list[Any]:
+    value = _parsed(look_up(fields, path), path)
+    if value is None:
+        raise BrokenSample(_missing((path,), fields))
+    if not isinstance(value, list):
+        raise BrokenSample(f"broken page: {path!r} holds a {_kind(value)}, not a list")
+    return value
+
+
 # ------------------------------------------------------------------------------------------------------------- fields
 
 
@@ -319,33 +481,50 @@ def _checked(words: str, path: str) -> str:
     return words
 
 
-def _first_files(fields: Fields, paths: tuple[str, ...]) -> list[bytes]:
+def _first_files(fields: Fields, paths: tuple[str, ...], base64: bool) -> list[bytes]:
     """Files of the first field that holds any."""
     for path in paths:
-        if files := _files(look_up(fields, path), path):
+        if files := _files(look_up(fields, path), path, base64):
             return files
     raise BrokenSample(_missing(paths, fields))
 
 
-def _all_files(fields: Fields, paths: tuple[str, ...]) -> list[bytes]:
-    return [data for path in paths for data in _files(look_up(fields, path), path)]
+def _all_files(fields: Fields, paths: tuple[str, ...], base64: bool) -> list[bytes]:
+    return [data for path in paths for data in _files(look_up(fields, path), path, base64)]
 
 
-def _files(value: Any, path: str) -> list[bytes]:
-    """Encoded files of a field: bytes, Hugging Face's ``{bytes, path}``, or a list of either."""
+def _files(value: Any, path: str, base64: bool) -> list[bytes]:
+    """Encoded files of a field: bytes, Hugging Face's ``{bytes, path}``, text in base64, or a list of these."""
     if value is None:
         return []
     if isinstance(value, list):
-        return [data for one in value for data in _files(one, path)]
+        return [data for one in value for data in _files(one, path, base64)]
     if isinstance(value, dict):
         if value.get("bytes") is None:
             raise BrokenSample(f"no file: {path!r} holds a path or an address instead of bytes")
         value = value["bytes"]
+    if isinstance(value, str):
+        if not base64:
+            raise BrokenSample(
+                f"no file: {path!r} holds the text {value[:60]!r}; paths and addresses are never opened, and base64 "
+                "needs `encoding: base64` in the card"
+            )
+        value = _from_base64(value, path)
     if not isinstance(value, bytes):
         raise BrokenSample(f"no file: {path!r} holds a {_kind(value)}")
     if not value:
         raise BrokenSample(f"empty file: {path!r}")
     return [value]
+
+
+def _from_base64(text: str, path: str) -> bytes:
+    """The bytes behind base64, with or without ``data:image/jpeg;base64,`` before it."""
+    if text.startswith("data:"):
+        text = text.partition(",")[2]
+    try:
+        return b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise BrokenSample(f"broken base64: {path!r} holds {text[:60]!r}: {error}") from error
 
 
 def _missing(paths: tuple[str, ...], fields: Fields) -> str:
@@ -372,7 +551,9 @@ def parse_mapping(spec: Any) -> RecordMapping:
         return Parts(parts)
     if isinstance(spec, dict) and "chat" in spec:
         return _parse_chat(spec)
-    raise MappingError("sample: expected a list of parts, or a mapping with `chat`")
+    if isinstance(spec, dict) and "texts" in spec:
+        return _parse_page(spec)
+    raise MappingError("sample: expected a list of parts, or a mapping with `chat` or with `texts` and `images`")
 
 
 def _parse_part(spec: Any, where: str) -> TextPart | MediaFiles:
@@ -384,13 +565,13 @@ def _parse_part(spec: Any, where: str) -> TextPart | MediaFiles:
     kind, source = next(iter(spec.items()))
     modality, where = kinds[kind], f"{where}.{kind}"
     options = source if isinstance(source, dict) else {"from": source}
-    check_keys(options, ("from",), ("role", "loss") if modality == Modality.TEXT else ("role",), where)
+    check_keys(options, ("from",), ("role", "loss") if modality == Modality.TEXT else ("role", "encoding"), where)
     role = options.get("role")
     if role is not None and (not isinstance(role, str) or role not in ROLES):
         raise MappingError(f"{where}.role: {role!r}, allowed are {', '.join(ROLES)}")
     role = None if role is None else ROLES[role]
     if modality != Modality.TEXT:
-        return MediaFiles(modality, _parse_paths(options["from"], where), role)
+        return MediaFiles(modality, _parse_paths(options["from"], where), role, _parse_encoding(options, where))
     loss = options.get("loss", role in (None, "assistant"))
     if not isinstance(loss, bool):
         raise MappingError(f"{where}.loss: {loss!r}, expected true or false")
@@ -410,14 +591,45 @@ def _parse_alternatives(spec: Any, where: str) -> tuple[Alternative, ...]:
 
 
 def _parse_chat(spec: dict[str, Any]) -> Chat:
-    check_keys(spec, ("chat",), ("place", *CHAT_FILES), "sample")
+    check_keys(spec, ("chat",), ("place", *CHAT_FILES, "encoding"), "sample")
     if not isinstance(spec["chat"], str):
         raise MappingError(f"sample.chat: {spec['chat']!r}, expected the path of the field with the conversation")
-    place = spec.get("place", "markers")
-    if place not in ("markers", "front"):
-        raise MappingError(f"sample.place: {place!r}, allowed are markers, front")
+    place = _one_of(spec, "place", ("markers", "front"), "sample")
     files = {modality: _parse_paths(spec[key], f"sample.{key}") for key, modality in CHAT_FILES.items() if key in spec}
-    return Chat(spec["chat"], files, place == "front")
+    return Chat(spec["chat"], files, place == "front", _parse_encoding(spec, "sample"))
+
+
+def _parse_page(spec: dict[str, Any]) -> Page:
+    check_keys(spec, ("texts", "images"), ("at", "file", "numbered", "encoding", "missing", "join"), "sample")
+    for key in ("texts", "images", "at", "file", "join"):
+        if key in spec and not (isinstance(spec[key], str) and (spec[key] or key == "join")):
+            raise MappingError(f"sample.{key}: {spec[key]!r}, expected a text")
+    if "numbered" in spec and ("file" in spec or "encoding" in spec):
+        raise MappingError("sample.numbered: says where the pictures are, and so does `file` or `encoding`; keep one")
+    if "at" in spec and "numbered" not in spec and "file" not in spec:
+        raise MappingError(
+            "sample: where `images` is a list of mappings, as `at` has it, `file` names their key with the picture or "
+            "its name, or `numbered` the extensions of the picture files"
+        )
+    numbered = _parse_paths(spec["numbered"], "sample.numbered") if "numbered" in spec else ()
+    files = PictureFiles(
+        spec.get("file"), tuple(extension.lower() for extension in numbered), _parse_encoding(spec, "sample")
+    )
+    drop = _one_of(spec, "missing", ("error", "drop"), "sample") == "drop"
+    join = spec.get("join", SENTENCES if "at" in spec else PARAGRAPHS)
+    return Page(spec["texts"], spec["images"], files, spec.get("at"), drop, join)
+
+
+def _parse_encoding(spec: dict[str, Any], where: str) -> bool:
+    return "encoding" in spec and _one_of(spec, "encoding", ("base64",), where) == "base64"
+
+
+def _one_of(spec: dict[str, Any], key: str, allowed: tuple[str, ...], where: str) -> str:
+    """The value of a key, the first that is allowed if it is not there."""
+    value = spec.get(key, allowed[0])
+    if value not in allowed:
+        raise MappingError(f"{where}.{key}: {value!r}, allowed are {', '.join(allowed)}")
+    return value
 
 
 def _parse_paths(spec: Any, where: str) -> tuple[str, ...]:

@@ -3,9 +3,10 @@
     scan()  one sequential pass:  Scanned(key, place, record | error), …      what the index is made of
     read(place)  random access:   Record(key, fields)                         what training reads
 
-A place is (byte offset, size) of a sample's members in a tar, (row group, row in it) in a parquet file. Nothing is ever
-extracted: the names in a tar are labels. A damaged shard gives an error with its reason for what is lost and goes on
-where it can; a disk or a network that fails raises, since it must never change which samples there are.
+A place is (byte offset, size) of a sample's members in a tar, (row group, row in it) in a parquet file; of JSON lines,
+see `mm.data.jsonl`. Nothing is ever extracted: the names in a tar are labels. A damaged shard gives an error with its
+reason for what is lost and goes on where it can; a disk or a network that fails raises, since it must never change
+which samples there are.
 """
 
 from __future__ import annotations
@@ -35,11 +36,13 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Place = tuple[int, int]
 
-FORMATS = ("webdataset", "parquet")
+FORMATS = ("webdataset", "parquet", "jsonl")
 BLOCK = 512
 MAX_MEMBER = 1024**3
 """Largest member of a tar that is read into memory, in bytes."""
 NO_END = "no end marker: the shard may have been cut off between two members"
+PAUSES = (0.5, 2.0)
+"""Seconds to wait before a request that failed is tried again."""
 ROW_GROUP_CACHE = 256 * 1024**2
 """Bytes of decoded row groups that a process keeps. The last one read is kept whatever its size."""
 
@@ -80,7 +83,10 @@ class Scanned(NamedTuple):
 
 
 class ShardStat(NamedTuple):
-    """What tells cheaply that a shard has not changed: size in bytes, and mtime in ns (disk), ETag or date (URL)."""
+    """What tells cheaply that a shard has not changed: size in bytes, and mtime in ns (disk), ETag or date (URL).
+
+    A date is only ever compared with itself, never with another clock, so that a server's may be wrong.
+    """
 
     size: int
     version: str
@@ -149,41 +155,64 @@ class LocalFile(ShardFile):
 class RemoteFile(ShardFile):
     """A shard behind an fsspec URL, read by ranges; every request is tried three times."""
 
-    _VERSIONS = ("ETag", "etag", "Content-MD5", "md5Hash", "Last-Modified", "LastModified", "last_modified", "mtime")
+    _VERSIONS = (
+        *("ETag", "etag", "Content-MD5", "md5Hash"),
+        *("Last-Modified", "LastModified", "last_modified", "mtime", "created"),
+    )
 
     def __init__(self, path: str) -> None:
         self.path = path
         self._system, self._inner = fsspec.url_to_fs(path)
 
     def stat(self) -> ShardStat:
-        info = _retried(lambda: self._system.info(self._inner))
+        info = _retried(self.path, lambda: self._system.info(self._inner))
         if info.get("size") is None:
             raise ShardError(f"{self.path}: the server gives no size; download the shard, or use a server with ranges")
         return ShardStat(info["size"], next((str(info[key]) for key in self._VERSIONS if info.get(key)), ""))
 
     def fingerprint(self) -> ShardFingerprint:
-        stat = self.stat()
-        digest = hashlib.blake2b(f"{stat.size} {stat.version}".encode(), digest_size=16)
-        return ShardFingerprint(stat.size, digest.hexdigest())
+        return remote_fingerprint(self.stat())
 
     def read(self, offset: int, size: int) -> bytes:
-        data = _retried(lambda: self._system.cat_file(self._inner, start=offset, end=offset + size))
+        return _retried(self.path, lambda: self._range(offset, size))
+
+    def read_exactly(self, offset: int, size: int) -> bytes:
+        """`size` bytes from `offset`; fewer, of a shard that is known to be longer, are a failed request."""
+        return _retried(self.path, lambda: self._whole_range(offset, size))
+
+    def _range(self, offset: int, size: int) -> bytes:
+        data = self._system.cat_file(self._inner, start=offset, end=offset + size)
         if len(data) > size:
             # A server without ranges answers with the whole file, whose beginning would pass for the sample.
             raise ShardError(f"{self.path}: the server ignores ranges; download the shard, or use another server")
         return data
 
+    def _whole_range(self, offset: int, size: int) -> bytes:
+        data = self._range(offset, size)
+        if len(data) != size:
+            raise OSError(f"{self.path}: the server gave {len(data)} of {size} bytes at {offset}")
+        return data
+
     def stream(self) -> IO[bytes]:
-        return io.BufferedReader(_Ranges(self, self.stat().size), 4 * 1024**2)
+        return buffered_stream(self, self.stat().size)
 
     def close(self) -> None:
         """Requests keep nothing open."""
 
 
-class _Ranges(io.RawIOBase):
-    """A seekable file over `RemoteFile.read`, so that a long scan survives a failed request."""
+def remote_fingerprint(stat: ShardStat) -> ShardFingerprint:
+    """Fingerprint of a shard behind a URL, the same whether it is read there or from a copy."""
+    digest = hashlib.blake2b(f"{stat.size} {stat.version}".encode(), digest_size=16)
+    return ShardFingerprint(stat.size, digest.hexdigest())
 
-    def __init__(self, file: RemoteFile, size: int) -> None:
+
+def buffered_stream(file: ShardFile, size: int) -> IO[bytes]:
+    """A seekable file of `size` bytes over `file.read`, so that a long scan survives a failed request."""
+    return io.BufferedReader(_Ranges(file, size), 4 * 1024**2)
+
+
+class _Ranges(io.RawIOBase):
+    def __init__(self, file: ShardFile, size: int) -> None:
         self._file, self._size, self._position = file, size, 0
 
     def readable(self) -> bool:
@@ -209,17 +238,28 @@ class _Ranges(io.RawIOBase):
         return len(data)
 
 
-def _retried(request: Callable[[], T]) -> T:
-    for pause in (0.5, 2.0):
+def _retried(path: str, request: Callable[[], T]) -> T:
+    """The answer to a request, which is tried three times unless the file is not there or not allowed."""
+    for pause in (*PAUSES, None):
         try:
             return request()
         except (OSError, aiohttp.ClientError) as error:
-            logger.warning("request failed, next try in %s s: %r", pause, error)
+            cause = _true_cause(error)
+            if isinstance(cause, FileNotFoundError | PermissionError):
+                raise
+            if pause is None:
+                raise OSError(f"{path}: request failed three times: {cause!r}") from error
+            logger.warning("%s: request failed, next try in %s s: %r", path, pause, cause)
             time.sleep(pause)
-    try:
-        return request()
-    except aiohttp.ClientError as error:
-        raise OSError(f"request failed three times: {error!r}") from error
+    raise AssertionError("unreachable")
+
+
+def _true_cause(error: Exception) -> BaseException:
+    """What went wrong: fsspec calls whatever befalls a HEAD request `FileNotFoundError`."""
+    cause = error.__cause__
+    if isinstance(error, FileNotFoundError) and cause is not None and getattr(cause, "status", None) not in (404, 410):
+        return cause
+    return error
 
 
 def refuse_compressed(path: str, head: bytes = b"") -> None:
@@ -227,8 +267,8 @@ def refuse_compressed(path: str, head: bytes = b"") -> None:
     for suffix, (magic, command) in COMPRESSED.items():
         if path.endswith(suffix) or head.startswith(magic):
             raise ShardError(
-                f"{path} is compressed, so that a sample in it cannot be read without all before it (and pictures do "
-                f"not get smaller). Convert it once: {command} {shlex.quote(path)}"
+                f"{path} is compressed, so that a sample in it cannot be read without all before it. Convert "
+                f"it once: {command} {shlex.quote(path)}"
             )
 
 
@@ -282,25 +322,44 @@ class Shard(ABC):
 
     def check(self) -> None:
         """Raises `ShardChanged` where the shard is not the expected one by size and version."""
-        if self.expected is not None and (found := self.file.stat()) != self.expected:
-            raise ShardChanged(
-                f"{self.path}: was {self.expected} when it was indexed, is {found}; shards must not change under a "
-                "run. Restore it, or index again and start a new stage"
-            )
+        if self.expected is not None:
+            check_unchanged(self.file, self.expected)
 
 
-def open_shard(path: str, format: str, columns: Collection[str] = (), expected: ShardStat | None = None) -> Shard:
+def check_unchanged(file: ShardFile, expected: ShardStat) -> None:
+    """Raises `ShardChanged` where the file is not the expected one by size and version."""
+    found = file.stat()
+    if found != expected:
+        raise ShardChanged(
+            f"{file.path}: was {expected} when it was indexed, is {found}; shards must not change under a run. "
+            "Restore it, or index again and start a new stage"
+        )
+
+
+def open_shard(
+    path: str,
+    format: str,
+    columns: Collection[str] = (),
+    expected: ShardStat | None = None,
+    file: ShardFile | None = None,
+) -> Shard:
     """A shard for reading.
 
     Args:
         path: local path or fsspec URL.
-        format: ``webdataset`` or ``parquet``.
+        format: one of `FORMATS`.
         columns: columns of a parquet file to read; others are not even decoded. Empty: all.
         expected: see `Shard`.
+        file: its bytes where they are not read at `path`, such as a cached copy.
     """
-    file = RemoteFile(path) if is_remote(path) else LocalFile(path.removeprefix("file://"))
+    if file is None:
+        file = RemoteFile(path) if is_remote(path) else LocalFile(path.removeprefix("file://"))
     if format == "parquet":
         return ParquetShard(file, expected, columns)
+    if format == "jsonl":
+        from mm.data.jsonl import JsonlShard  # which is built on this module
+
+        return JsonlShard(file, expected)
     return TarShard(file, expected)
 
 

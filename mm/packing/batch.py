@@ -8,6 +8,8 @@ labels    - - - 812 94 2 - | …                      already shifted; the last 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from hashlib import blake2b
+from itertools import pairwise
 from typing import Self
 
 import torch
@@ -83,6 +85,15 @@ class Batch:
         """Tokens that belong to a sample, media slots included."""
         lengths = self.offsets.diff()
         return int(lengths[self.rows[:, 0] >= 0].sum())
+
+    def digests(self) -> list[str]:
+        """Of each pack that holds samples, a digest of which they are, in order."""
+        starts, found = torch.searchsorted(self.offsets[:-1], self.packs).tolist(), []
+        for first, stop in pairwise(starts):
+            rows = self.rows[first:stop]
+            if len(rows := rows[rows[:, 0] >= 0]):
+                found.append(blake2b(rows.numpy().tobytes(), digest_size=8).hexdigest())
+        return found
 
     def document_of_token(self) -> Tensor:
         """(T,) int64 number of the document that each token belongs to."""

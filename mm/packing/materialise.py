@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
+import numpy as np
 from torch.utils.data import Dataset
 
 from mm.packing.batch import Batch
@@ -18,6 +19,8 @@ from mm.sample import BrokenSample, Sample
 
 RETRIES = 4
 FIRST_WAIT = 0.5  # seconds; doubles with each retry
+AHEAD = 2048
+"""Packs after which `ahead` is called again, with the rows of twice as many."""
 
 
 class Samples(Protocol):
@@ -41,6 +44,7 @@ class Materialiser(Dataset[Batch]):
         sources: one index per source of the plan, in its order.
         names: the sources' names, for messages.
         capacity: pad packs to this length (static shapes), or None.
+        ahead: is given the rows that come next, two (k,) arrays of sources and row numbers in the order of the plan.
     """
 
     def __init__(
@@ -51,14 +55,18 @@ class Materialiser(Dataset[Batch]):
         *,
         names: Sequence[str],
         capacity: int | None = None,
+        ahead: Callable[[np.ndarray, np.ndarray], None] | None = None,
     ) -> None:
         self.plan = plan
         self.sources = list(sources)
         self.processor = processor
         self.names = list(names)
         self.capacity = capacity
+        self.ahead = ahead
+        self._looked: range = range(0)
 
     def __getitem__(self, micro_step: MicroStep) -> Batch:
+        self._look_ahead(max(micro_step.packs))
         broken: list[tuple[str, str]] = []
         packs, rows = [], []
         for number in micro_step.packs:
@@ -66,6 +74,14 @@ class Materialiser(Dataset[Batch]):
             packs.append(documents)
             rows.append(owners)
         return self.processor.collate(packs, rows, capacity=self.capacity, broken=broken)
+
+    def _look_ahead(self, number: int) -> None:
+        if self.ahead is None or number < 0 or number in self._looked:
+            return
+        self._looked = range(number, number + AHEAD)
+        packs = [self.plan.pack(coming) for coming in range(number, min(number + 2 * AHEAD, self.plan.planned))]
+        if packs:
+            self.ahead(np.concatenate([pack.source for pack in packs]), np.concatenate([pack.row for pack in packs]))
 
     def _pack(self, number: int, broken: list[tuple[str, str]]) -> tuple[list[Document], list[tuple[int, int]]]:
         pack = self.plan.pack(number)

@@ -1,8 +1,8 @@
 """Which samples share which pack: an append-only artefact on disk, made ahead of training and never recomputed.
 
-    sources ──quotas in tokens──▶ window ──policy──▶ packs ──shuffle──▶ 000007.000000012288-000000014336.npz
-       ▲                            ▲                  │
-       └── cursors, quota debts     └── worst packs ◀──┘        kept in the window file: any process can go on from it
+    sources ──exact quotas──▶ window ──policy──▶ packs ──shuffle──▶ 000007.000000012288-000000014336.npz
+       ▲                         ▲                  │
+       └── cursors, debts        └── worst packs ◀──┘        kept in the window file: any process can go on from it
 
 Steps run over the concatenated packs of all windows: global batch i is packs ``[i·B, (i + 1)·B)``. The batches depend
 on the sources, the options and the seed alone: not on the number of ranks or workers, nor on when or where windows are
@@ -18,6 +18,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from fractions import Fraction
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Self
@@ -25,18 +26,35 @@ from typing import Any, BinaryIO, NamedTuple, Self
 import numpy as np
 from filelock import FileLock
 
-from mm.packing.fit import POLICIES, lower_bound
+from mm.packing.fit import POLICIES, Packs, lower_bound
 from mm.packing.hashing import shuffled
 from mm.packing.options import PackingOptions
-from mm.packing.streams import QUANTITIES, ROW, Source, Stream, Taken
+from mm.packing.streams import DROPPED, FILTERED, MISSING, QUANTITIES, ROW, Source, Stream, Taken, Unit
 
-__all__ = ["QUANTITIES", "PackRows", "PackingOptions", "Plan", "PlanChanged", "PlanReader", "Source", "Statistics"]
+__all__ = [
+    "DROPPED",
+    "FILTERED",
+    "MISSING",
+    "QUANTITIES",
+    "PackRows",
+    "PackingOptions",
+    "Plan",
+    "PlanChanged",
+    "PlanReader",
+    "Source",
+    "Statistics",
+    "Unit",
+]
 
-FORMAT = 1
+FORMAT = 2
 """Changes with anything that gives other packs or files for the same inputs."""
 
 CARRIED = 64
 """One pack in this many, the least full, is opened again in the next window."""
+
+SKEW, SKEW_TOKENS = 2e-4, 5_000_000
+"""What is carried into the next window may move the share of a source by 0.02 percentage points of a window, or of this
+many tokens if the window is smaller."""
 
 SHARE_UNIT = 2**32
 OPEN_WINDOWS = 8  # kept in memory by a reader
@@ -71,13 +89,16 @@ class PackRows:
 class SourceStatistics:
     """What was planned of a source; samples that wait for the next window are not counted.
 
-    share: of all tokens; epochs: rows passed over the rows there are
+    asked: share of the plan's unit by the recipe; share: of all tokens; sample_share: of all samples
+    epochs: rows passed over the rows there are
     items, media_tokens: by quantity; dropped: rows by reason
     """
 
     samples: int
     tokens: int
+    asked: float
     share: float
+    sample_share: float
     epochs: float
     truncated: int
     items: dict[str, int]
@@ -107,7 +128,8 @@ class Statistics:
 class State:
     """Where planning stands after a window, for S sources, M quantities and R reasons. Saved with the window.
 
-    cursors: (S,) positions of the streams; debts: (S,) tokens still owed to each source by its share
+    cursors: (S,) positions of the streams
+    debts: (S,) tokens, or samples, still owed to each source; remainders: (S,) and parts of one, in units of the shares
     carried: (k,) `ROW` samples for the next window
     ended: 0 while there is more, 1 + the source that ran dry, or -1 if all did
     The rest are totals from the first window on.
@@ -115,6 +137,7 @@ class State:
 
     cursors: np.ndarray
     debts: np.ndarray
+    remainders: np.ndarray
     carried: np.ndarray
     ended: np.ndarray
     samples: np.ndarray
@@ -131,6 +154,7 @@ class State:
         return cls(
             cursors=np.array(cursors, np.int64),
             debts=zero,
+            remainders=zero,
             carried=np.empty(0, ROW),
             ended=np.zeros((), np.int64),
             samples=zero,
@@ -140,6 +164,17 @@ class State:
             media_tokens=np.zeros((sources, quantities), np.int64),
             dropped=np.zeros((sources, reasons), np.int64),
         )
+
+
+class Quotas(NamedTuple):
+    """What a window gives to each of S sources.
+
+    shares: (S,) float64 of the window, 0 for a source that has ended; debts, remainders: after it, as in `State`
+    """
+
+    shares: np.ndarray
+    debts: np.ndarray
+    remainders: np.ndarray
 
 
 class WindowFile(NamedTuple):
@@ -241,9 +276,11 @@ class PlanReader:
 class Plan(PlanReader):
     """A plan that can be continued. Pickled, it becomes its `PlanReader`: workers need neither columns nor quotas.
 
-    Weights are shares of tokens and hold at any time, to about one sample a source. A plan with weights ends when the
-    first source with a bound on its epochs runs dry. Without weights every source gets the share at which all end
-    together, and the plan ends when all have. A source without any bound never ends.
+    Weights are shares of the tokens, of the samples, or of passes over each source. Every window keeps them to half a
+    sample a source, quotas being whole numbers whose remainders are carried on, and to `SKEW` for what waits for the
+    next window. A plan with weights ends when the first source with a bound on its epochs runs dry. Without weights
+    every source gets the share at which all end together, and the plan ends when all have. A source without any bound
+    never ends.
     """
 
     def __init__(
@@ -253,7 +290,9 @@ class Plan(PlanReader):
         options: PackingOptions,
         seed: int,
         shares: Sequence[int],
+        budget: int,
         start: Mapping[str, int],
+        unit: Unit,
         fingerprint: str,
     ) -> None:
         """Use `Plan.open`."""
@@ -266,6 +305,8 @@ class Plan(PlanReader):
         self.quantities = self.sources[0].quantities
         self._streams = streams
         self._shares = shares
+        self._budget = budget
+        self.unit: Unit = unit
         self._start = [start.get(source.name, 0) for source in self.sources]
         self._limited = [number for number, name in enumerate(self.quantities) if name in options.limits]
         self._limits = np.array([options.limits[self.quantities[number]] for number in self._limited], np.int64)
@@ -279,12 +320,15 @@ class Plan(PlanReader):
         seed: int,
         epochs: float | None = None,
         start: Mapping[str, int] | None = None,
+        unit: Unit = "tokens",
     ) -> Self:
         """The plan in a folder, created or continued. Several processes may hold it; one at a time plans.
 
         Args:
             epochs: for sources that do not say how often their rows are seen; None: endlessly.
             start: positions where sources begin, from `cursors` of an earlier stage's plan; 0 for those not named.
+            unit: what weights are shares of: tokens; samples; or epochs, so that a source of weight 2 is passed over
+                twice while one of weight 1 is once.
 
         Raises:
             PlanChanged: the folder holds a plan for other inputs.
@@ -292,8 +336,8 @@ class Plan(PlanReader):
         """
         start = start or {}
         _check_sources(sources, options, start)
-        streams = [Stream(source, number, options, seed, epochs) for number, source in enumerate(sources)]
-        parts = _parts(sources, options, seed, epochs, start)
+        streams = [Stream(source, number, options, seed, epochs, unit) for number, source in enumerate(sources)]
+        parts = _parts(sources, options, seed, epochs, start, unit)
         fingerprint = blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -302,13 +346,13 @@ class Plan(PlanReader):
             if path.exists():
                 known = json.loads(path.read_text())
                 _check_unchanged(folder, known["parts"], parts)
-                shares = known["shares"]
+                shares, budget = known["shares"], known["budget"]
             else:
-                shares = _shares(streams, start)
-                entry = {"fingerprint": fingerprint, "parts": parts, "shares": shares}
+                shares, budget = _shares(streams, options, start, unit)
+                entry = {"fingerprint": fingerprint, "parts": parts, "shares": shares, "budget": budget}
                 with replacing(path) as file:
                     file.write(json.dumps(entry, indent=1).encode())
-        return cls(folder, streams, options, seed, shares, start, fingerprint)
+        return cls(folder, streams, options, seed, shares, budget, start, unit, fingerprint)
 
     def reader(self) -> PlanReader:
         """A reader of the packs, for loader workers."""
@@ -354,12 +398,12 @@ class Plan(PlanReader):
     def statistics(self) -> Statistics:
         """What was planned so far, by source."""
         state = self._state(self._windows[-1] if self._windows else None)
-        tokens = int(state.tokens.sum())
+        tokens, samples = int(state.tokens.sum()), int(state.samples.sum())
         items = state.items[:, self._limited].sum(axis=0)[None]
         ended = int(state.ended)
         return Statistics(
             packs=self.planned,
-            samples=int(state.samples.sum()),
+            samples=samples,
             tokens=tokens,
             fill=tokens / (self.planned * self.options.capacity) if self.planned else 0.0,
             lower_bound=lower_bound(state.tokens, self.options.capacity, items, self._limits),
@@ -368,7 +412,9 @@ class Plan(PlanReader):
                 stream.source.name: SourceStatistics(
                     samples=int(state.samples[number]),
                     tokens=int(state.tokens[number]),
+                    asked=self._shares[number] / sum(self._shares),
                     share=float(state.tokens[number] / max(tokens, 1)),
+                    sample_share=float(state.samples[number] / max(samples, 1)),
                     epochs=float(state.cursors[number] / stream.source.rows),
                     truncated=int(state.truncated[number]),
                     items=dict(zip(self.quantities, state.items[number].tolist(), strict=True)),
@@ -398,7 +444,7 @@ class Plan(PlanReader):
 
     def _plan_window(self, window: int, before: State) -> tuple[np.ndarray, np.ndarray, State]:
         """(k,) `ROW` samples, (p + 1,) starts of their packs, and the state after the window."""
-        taken, debts, ended = self._take(before)
+        taken, quotas, ended = self._take(before)
         rows = np.concatenate([before.carried, *(part.rows for part in taken)])
         rows["carried"][: len(before.carried)] = True
         rows = rows[shuffled(len(rows), self.seed, "samples", window)]
@@ -412,7 +458,8 @@ class Plan(PlanReader):
             # A sample waits for one window at most, however badly it fits.
             fullness[packs.sums(rows["carried"]) > 0] = 1.0
             worst = np.argsort(fullness, kind="stable")[: max(1, packs.number // CARRIED)]
-            keep[worst[fullness[worst] < 1.0]] = False
+            worst = worst[fullness[worst] < 1.0]
+            keep[worst[self._balanced(packs.take(worst), rows, quotas)]] = False
         carried = rows[packs.take(np.flatnonzero(~keep)).order]
         kept = np.flatnonzero(keep)
         packs = packs.take(kept[shuffled(len(kept), self.seed, "packs", window)])
@@ -426,7 +473,8 @@ class Plan(PlanReader):
 
         after = State(
             cursors=np.array([part.cursor for part in taken], np.int64),
-            debts=debts,
+            debts=quotas.debts,
+            remainders=quotas.remainders,
             carried=carried,
             ended=np.array(ended, np.int64),
             samples=before.samples + by_source(np.ones(len(rows))),
@@ -438,38 +486,57 @@ class Plan(PlanReader):
         )
         return rows, packs.starts, after
 
-    def _take(self, state: State) -> tuple[list[Taken], np.ndarray, int]:
-        """What each source gives to the next window, tokens owed to it afterwards, and `State.ended`."""
+    def _take(self, state: State) -> tuple[list[Taken], Quotas, int]:
+        """What each source gives to the next window, its quotas, and `State.ended`."""
         cursors = state.cursors.tolist()
-        flowing = [
-            self.weighted or not stream.is_dry(cursor) for stream, cursor in zip(self._streams, cursors, strict=True)
+        shares = [
+            share if self.weighted or not stream.is_dry(cursor) else 0
+            for share, stream, cursor in zip(self._shares, self._streams, cursors, strict=True)
         ]
-        budget = self.options.window * self.options.capacity
-        total = sum(share for share, flows in zip(self._shares, flowing, strict=True) if flows)
-        quotas = [
-            debt + budget * share // total if flows else 0
-            for debt, share, flows in zip(state.debts.tolist(), self._shares, flowing, strict=True)
+        total = sum(shares) or 1
+        due = [
+            divmod(self._budget * share + remainder, total) if share else (0, 0)
+            for share, remainder in zip(shares, state.remainders.tolist(), strict=True)
         ]
-        taken = [
-            stream.take(cursor, quota) for stream, cursor, quota in zip(self._streams, cursors, quotas, strict=True)
+        quotas = [debt + whole for debt, (whole, _) in zip(state.debts.tolist(), due, strict=True)]
+        taken = self._take_each(cursors, quotas)
+        short = [
+            part.amount < quota and stream.is_dry(part.cursor)
+            for stream, part, quota in zip(self._streams, taken, quotas, strict=True)
         ]
-        short = [part.tokens < quota for part, quota in zip(taken, quotas, strict=True)]
         ended = 0
         if self.weighted and any(short):
             # The mixture holds to the end: all sources stop at the part of their quota that the shortest one reached.
             reached = [
-                part.tokens / quota if dry else 1.0 for part, quota, dry in zip(taken, quotas, short, strict=True)
+                Fraction(part.amount, quota) if dry else Fraction(1)
+                for part, quota, dry in zip(taken, quotas, short, strict=True)
             ]
             least = min(reached)
             ended = 1 + reached.index(least)
-            taken = [
-                stream.take(cursor, int(quota * least))
-                for stream, cursor, quota in zip(self._streams, cursors, quotas, strict=True)
-            ]
+            taken = self._take_each(cursors, [int(quota * least) for quota in quotas])
         elif all(stream.is_dry(part.cursor) for stream, part in zip(self._streams, taken, strict=True)):
             ended = -1
-        debts = [0 if dry else quota - part.tokens for quota, part, dry in zip(quotas, taken, short, strict=True)]
-        return taken, np.array(debts, np.int64), ended
+        debts = [0 if dry else quota - part.amount for quota, part, dry in zip(quotas, taken, short, strict=True)]
+        remainders = [remainder for _, remainder in due]
+        return taken, Quotas(np.array(shares) / total, np.array(debts, np.int64), np.array(remainders, np.int64)), ended
+
+    def _take_each(self, cursors: list[int], quotas: list[int]) -> list[Taken]:
+        return [stream.take(*place) for stream, *place in zip(self._streams, cursors, quotas, strict=True)]
+
+    def _balanced(self, packs: Packs, rows: np.ndarray, quotas: Quotas) -> np.ndarray:
+        """Numbers of the packs, from the first on, that can wait for the next window and move no share by `SKEW`."""
+        amounts = np.ones(len(rows), np.int64) if self._streams[0].in_samples else rows["length"].astype(np.int64)
+        by_pack = np.column_stack(
+            [packs.sums(np.where(rows["source"] == number, amounts, 0)) for number in range(len(self.sources))]
+        )
+        skews = by_pack - by_pack.sum(axis=1, keepdims=True) * quotas.shares
+        most = SKEW * self._budget * max(1.0, SKEW_TOKENS / (self.options.window * self.options.capacity))
+        waiting, moved = [], np.zeros(len(self.sources))
+        for number, skew in enumerate(skews):
+            if np.abs(moved + skew).max() <= most:
+                waiting.append(number)
+                moved += skew
+        return np.array(waiting, np.int64)
 
     def _of_rows(self, columns: list[np.ndarray | None], rows: np.ndarray) -> np.ndarray:
         """(k, M) int64 values of the columns (n, M) of each source for planned rows; 0 where a source has none."""
@@ -492,13 +559,17 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     temporary.replace(path)
 
 
-def _shares(streams: Sequence[Stream], start: Mapping[str, int]) -> list[int]:
-    """Shares of the sources in 2⁻³²: as weighted, or those at which sources end together.
+def _shares(
+    streams: Sequence[Stream], options: PackingOptions, start: Mapping[str, int], unit: Unit
+) -> tuple[list[int], int]:
+    """Shares of the sources in 2⁻³², as weighted or those at which sources end together, and the quota of a window.
+
+    The quota is `PackingOptions.window` packs full of tokens, or as many samples as that is on average.
 
     Raises:
         ValueError: a source has no usable row.
     """
-    sizes = []
+    sizes, lengths = [], []
     for stream in streams:
         source, survey = stream.source, stream.survey()
         if not survey.tokens:
@@ -507,10 +578,18 @@ def _shares(streams: Sequence[Stream], start: Mapping[str, int]) -> list[int]:
                 f"source {source.name}: none of its {source.rows} rows can be used: {reasons or 'no rows'}"
             )
         remaining = source.rows if stream.end is None else max(stream.end - start.get(source.name, 0), 0)
-        sizes.append(survey.tokens * remaining / source.rows if source.weight is None else source.weight)
+        if source.weight is None:
+            sizes.append(survey.tokens * remaining / source.rows)
+        else:
+            sizes.append(source.weight * survey.tokens if unit == "epochs" else source.weight)
+        lengths.append(survey.tokens / survey.samples)
     if not sum(sizes):
         raise ValueError("all sources end before they start: raise their epochs, or leave out `start`")
-    return [max(1, round(size / sum(sizes) * SHARE_UNIT)) for size in sizes]
+    budget = options.window * options.capacity
+    if streams[0].in_samples:
+        mean = sum(size * length for size, length in zip(sizes, lengths, strict=True)) / sum(sizes)
+        budget = max(1, round(budget / mean))
+    return [max(1, round(size / sum(sizes) * SHARE_UNIT)) for size in sizes], budget
 
 
 def _check_unchanged(folder: Path, planned: dict[str, Any], asked: dict[str, Any]) -> None:
@@ -523,7 +602,7 @@ def _check_unchanged(folder: Path, planned: dict[str, Any], asked: dict[str, Any
         raise PlanChanged(
             f"{folder} holds a plan for other inputs (planned → asked for):\n  "
             + "\n  ".join(changes)
-            + "\nUndo the change, or plan into another folder"
+            + "\nUndo the change, end the stage and add one (docs/stages.md), or plan into another folder"
         )
 
 
@@ -554,9 +633,10 @@ def _parts(
     seed: int,
     epochs: float | None,
     start: Mapping[str, int],
+    unit: Unit,
 ) -> dict[str, Any]:
     """Everything that the packs depend on, by a name that a reader of `PlanChanged` understands."""
-    parts: dict[str, Any] = {"format": FORMAT, "seed": seed, "epochs": epochs}
+    parts: dict[str, Any] = {"format": FORMAT, "seed": seed, "epochs": epochs, "unit": unit}
     parts |= {f"packing.{name}": value for name, value in options.of_plan().items()}
     parts["sources"] = [source.name for source in sources]
     for source in sources:
@@ -569,4 +649,5 @@ def _parts(
             f"{source.name}.epochs": source.epochs,
             f"{source.name}.start": start.get(source.name, 0),
         }
+        parts |= {f"{source.name}.{name}": value for name, value in source.selection.items()}
     return parts

@@ -13,9 +13,9 @@ import os
 import shutil
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
@@ -43,20 +43,39 @@ class CheckpointError(RuntimeError):
     """A checkpoint that is missing, incomplete or of another architecture; the message says which and what to do."""
 
 
+Cursors = dict[str, tuple[int, int]]
+"""Position in a source's order of rows, and the number of its rows, by source."""
+
+
 @dataclass(frozen=True)
 class Position:
     """Where a run stands: all that resuming needs beside weights and optimizer state.
 
     step: updates done
-    packs: packs of the plan consumed
+    packs: packs of the stage's plan consumed
     tokens: real tokens seen
     plan: fingerprint of the plan that the packs were numbered by
+    finished: step at which each stage before this one ended
+    began: where the sources stood when this stage began
+    sources: where a stage after this step would start in them
     """
 
     step: int
     packs: int
     tokens: int
     plan: str
+    finished: tuple[int, ...] = ()
+    began: Cursors = field(default_factory=dict)
+    sources: Cursors = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, text: str) -> Self:
+        """From JSON."""
+        values = json.loads(text)
+        values["finished"] = tuple(values.get("finished", ()))
+        for name in ("began", "sources"):
+            values[name] = {source: tuple(pair) for source, pair in values.get(name, {}).items()}
+        return cls(**values)
 
 
 def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, position: Position, world: World) -> Path:
@@ -91,19 +110,29 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, posit
     return final
 
 
-def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Position:
+def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, next_stage: bool = False) -> Position:
     """Load weights and optimizer state in place, whatever the number of processes that saved them.
 
     The optimizer's state must exist for every trainable parameter (`mm.train.optim.materialise_state`).
+
+    Args:
+        next_stage: other parameters may train than in the checkpoint. Those that did not train there keep the state
+            they have.
     """
     position = read_position(path)
     model_state, optimizer_state = get_state_dict(model, optimizer, options=BY_NAME)
     _check_names(path, model_state)
-    state = {"model": model_state, "optimizer": optimizer_state}
+    if next_stage:
+        saved = Reader(path).read_metadata().state_dict_metadata
+        loadable = {name: value for name, value in optimizer_state.items() if f"optimizer.{name}" in saved}
+    else:
+        loadable = optimizer_state
+    state = {"model": model_state, "optimizer": loadable}
     try:
         dcp.load(state, storage_reader=Reader(path), planner=Planner())
     except dcp.CheckpointException as error:
         raise CheckpointError(f"{path} does not fit this recipe: {_root_cause(error)}") from error
+    optimizer_state |= loadable
     set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state, options=BY_NAME)
     return position
 
@@ -177,7 +206,7 @@ def keep_last(folder: Path, count: int) -> None:
 
 def read_position(path: Path) -> Position:
     try:
-        return Position(**json.loads((path / POSITION).read_text()))
+        return Position.read((path / POSITION).read_text())
     except FileNotFoundError:
         raise CheckpointError(f"{path} is no complete checkpoint: it has no {POSITION}") from None
 

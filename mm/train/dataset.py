@@ -1,17 +1,22 @@
 """From a recipe to packs: index, text lengths, plan. Done before processes meet, so that no collective waits for it.
 
     card ─index─▶ places, header facts ─┬─▶ tokens, items, FLOPs of every row ─plan─▶ packs ─deal─▶ micro-steps
-                  text lengths (column) ┘
+                  text lengths (column) ┤
+                  `where`, drops ───────┘
 
 Every process calls `open_data`; file locks let the first do the work and the others find it done.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,13 +25,15 @@ from filelock import FileLock
 from mm import configure
 from mm.data import columns
 from mm.data.card import Card
-from mm.data.index import Index, index_card
+from mm.data.drops import dropped_rows
+from mm.data.index import Index, fetch_rows_ahead, index_card
+from mm.data.where import select
 from mm.model.multimodal import MultimodalLM, build_model
 from mm.packing.balance import deal
 from mm.packing.collate import Processor
 from mm.packing.hashing import hash64
 from mm.packing.materialise import Materialiser, MicroStep
-from mm.packing.plan import QUANTITIES, PackingOptions, Plan, Source
+from mm.packing.plan import DROPPED, FILTERED, MISSING, QUANTITIES, PackingOptions, Plan, Source
 from mm.sample import BrokenSample, Modality
 from mm.tokenizers.text import TextTokenizer
 from mm.train.parallel import World
@@ -89,9 +96,15 @@ class PlannedData:
     indexes: tuple[Index, ...]
     media: tuple[RowMedia, ...]
 
-    def materialiser(self, capacity: int | None = None) -> Materialiser:
+    def materialiser(self, capacity: int | None = None, ahead: bool = False) -> Materialiser:
+        """Batches of the plan; `ahead`: with remote shards of what comes next fetched in the background."""
         return Materialiser(
-            self.plan.reader(), self.indexes, self.blueprint.processor, names=self.names, capacity=capacity
+            self.plan.reader(),
+            self.indexes,
+            self.blueprint.processor,
+            names=self.names,
+            capacity=capacity,
+            ahead=partial(fetch_rows_ahead, self.indexes) if ahead and self.indexes[0].card.cache else None,
         )
 
     def costs(self, packs: Sequence[int]) -> np.ndarray:
@@ -132,21 +145,28 @@ def open_data(
     folder: Path,
     *,
     epochs: float | None,
+    start: Mapping[str, tuple[int, int]] | None = None,
     progress: bool = True,
 ) -> PlannedData:
     """Index the sources, measure their text and open the plan in `folder`.
+
+    Args:
+        start: where sources begin because earlier stages have read them, and the number of rows they had then. The plan
+            of other positions lies in another folder, named by them.
 
     Raises:
         PlanChanged: `folder` holds the plan of another recipe or other data.
     """
     cache = Path(recipe.data.index).expanduser()
     cache.mkdir(parents=True, exist_ok=True)
+    shard_cache = recipe.data.cache.open() if recipe.data.cache else None
     indexes, media, planned = [], [], []
     with FileLock(cache / "indexing.lock"):
         for name, options in sources.items():
-            card = Card.load(configure.find_preset(options.card))
+            card = replace(Card.load(configure.find_preset(options.card)), cache=shard_cache)
             index = index_card(card, options.split, cache / "index", progress=progress)
             row_media = blueprint.media_of(index)
+            excluded, selection = _selection(index, options.where)
             text = _text_lengths(index, blueprint.processor, progress)
             media_tokens = row_media.tokens.sum(axis=1, keepdims=True)
             usable = text[:, :, 0] > 0
@@ -162,12 +182,36 @@ def open_data(
                     epochs=options.epochs,
                     media_end=np.where(usable, text[:, :, 1] + media_tokens, 0).astype(np.int32),
                     media_tokens=row_media.tokens,
+                    excluded=excluded,
+                    selection=selection,
                 )
             )
             indexes.append(index)
             media.append(row_media)
-    plan = Plan.open(folder, planned, recipe.packing, recipe.seed, epochs)
+    positions = _positions(planned, start or {})
+    if positions:
+        keys = chain.from_iterable(sorted(positions.items()))
+        folder = folder.with_name(f"{folder.name}-{hash64(*keys):016x}")
+    plan = Plan.open(folder, planned, recipe.packing, recipe.seed, epochs, positions, recipe.data.unit)
     return PlannedData(blueprint, plan, tuple(sources), tuple(indexes), tuple(media))
+
+
+def _positions(sources: Sequence[Source], start: Mapping[str, tuple[int, int]]) -> dict[str, int]:
+    """Where each source starts. One with other rows than before starts anew: its order is another one."""
+    positions = {}
+    for source in sources:
+        position, rows = start.get(source.name, (0, source.rows))
+        if rows != source.rows:
+            logger.warning(
+                "%s has %d rows and had %d in the stage before: it starts from its beginning, and rows seen there are "
+                "seen again",
+                source.name,
+                source.rows,
+                rows,
+            )
+        elif position:
+            positions[source.name] = position
+    return positions
 
 
 def check_division(packing: PackingOptions, world: int, micro_batch: int) -> None:
@@ -179,6 +223,32 @@ def check_division(packing: PackingOptions, world: int, micro_batch: int) -> Non
             f"a global batch of {packs} packs does not divide among {world} processes with micro_batch {micro_batch}; "
             f"it does among {', '.join(map(str, worlds)) or 'none: lower micro_batch'}, or change packing.batch"
         )
+
+
+def _selection(index: Index, where: str | None) -> tuple[np.ndarray, dict[str, Any]]:
+    """(n,) uint8 why a row is left out, as in `Source.excluded`, and what that was computed from.
+
+    Raises:
+        WhereError: the filter cannot be used, or selects nothing.
+    """
+    excluded = np.zeros(index.rows, np.uint8)
+    selection: dict[str, Any] = {}
+    if where is not None:
+        chosen = select(index, where)
+        excluded[~chosen.selected] = FILTERED
+        excluded[chosen.missing] = MISSING
+        selection |= {"where": chosen.expression, "where selects": _identity(chosen.selected)}
+        selection |= {f"where.{name}": fingerprint for name, fingerprint in chosen.columns.items()}
+    dropped = dropped_rows(index)
+    if dropped.any():
+        excluded[dropped] = DROPPED
+        selection["dropped"] = _identity(dropped)
+    return excluded, selection
+
+
+def _identity(rows: np.ndarray) -> str:
+    """How many rows, and which: a fingerprint."""
+    return f"{rows.sum()} rows ({hashlib.blake2b(np.packbits(rows).tobytes(), digest_size=4).hexdigest()})"
 
 
 def _text_lengths(index: Index, processor: Processor, progress: bool) -> np.ndarray:

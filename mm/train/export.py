@@ -6,10 +6,10 @@ EXPORT/model.safetensors  recipe.yaml  versions.json
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import NamedTuple
 
+from mm import configure
 from mm.model.multimodal import MultimodalLM, build_model
 from mm.packing.collate import Processor
 from mm.tokenizers.text import TextTokenizer
@@ -35,7 +35,7 @@ def load_trained(path: str | Path) -> Trained:
     """
     path = Path(path).expanduser()
     weights = checkpoint.find(path)
-    recipe = Recipe.load(_recipe_of(weights))
+    recipe = _recipe_of(weights)
     model = build_model(recipe.model)
     checkpoint.load_weights(weights, model)
     return Trained(recipe, model.eval(), Processor(TextTokenizer.load(recipe.tokenizer), model.entrances))
@@ -44,18 +44,20 @@ def load_trained(path: str | Path) -> Trained:
 def export_run(path: str | Path, folder: Path) -> Path:
     """Write the weights of a run or checkpoint as safetensors into `folder`, with the recipe. Returns `folder`."""
     weights = checkpoint.find(path)
-    recipe_file = _recipe_of(weights)
-    model = build_model(Recipe.load(recipe_file).model)
+    recipe = _recipe_of(weights)
+    model = build_model(recipe.model)
     checkpoint.load_weights(weights, model)
     checkpoint.export_weights(folder, model)
-    shutil.copyfile(recipe_file, folder / "recipe.yaml")
+    (folder / "recipe.yaml").write_text(configure.to_yaml(recipe), encoding="utf-8")
     (folder / "versions.json").write_text(json.dumps(versions(), indent=1), encoding="utf-8")
     return folder
 
 
-def _recipe_of(weights: Path) -> Path:
-    """``recipe.yaml`` beside an export's weights, or in the run folder that holds the checkpoint."""
-    for folder in (weights, weights.parent.parent):
-        if (folder / "recipe.yaml").exists():
-            return folder / "recipe.yaml"
+def _recipe_of(weights: Path) -> Recipe:
+    """``recipe.yaml`` beside an export's weights, or that of a checkpoint's stage, from its run folder."""
+    if (weights / "recipe.yaml").exists():
+        return Recipe.load(weights / "recipe.yaml")
+    if (weights.parent.parent / "recipe.yaml").exists():
+        stage = len(checkpoint.read_position(weights).finished)
+        return Recipe.load(weights.parent.parent / "recipe.yaml").stage_recipes()[stage]
     raise CheckpointError(f"{weights} has weights but no recipe.yaml with it or in its run folder")

@@ -6,9 +6,11 @@ recipe ─▶ index, lengths, plan ─▶ (processes meet) ─▶ model ─▶ f
 
 from __future__ import annotations
 
+import gc
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -25,13 +27,14 @@ from mm.packing.materialise import MicroStep
 from mm.sample import Modality
 from mm.train import checkpoint
 from mm.train.checkpoint import Position
-from mm.train.dataset import Blueprint, PlannedData, check_division, open_data
+from mm.train.dataset import PlannedData, check_division
 from mm.train.meter import JsonLines, Meter, Progress, TensorBoard, Writer, device_peak, training_factors
 from mm.train.optim import build_optimizer, freeze, materialise_state, restore_options, set_learning_rate
 from mm.train.parallel import Engine, World, join_world, local_world, parallelise, resolve_precision
 from mm.train.parts import trained_parts
 from mm.train.recipe import Recipe
 from mm.train.schedule import learning_rate_factor
+from mm.train.stages import RunError, Stage, open_stages
 from mm.train.versions import versions
 from mm.train.warm_start import warm_start
 
@@ -39,28 +42,27 @@ FORGIVEN = 8  # broken samples that no run stops for, however short it is
 NON_FINITE_IN_A_ROW = 5
 
 
-class RunError(RuntimeError):
-    """A run that cannot go on; the message says why and what to do."""
-
-
 def train(recipe: Recipe) -> Path:
     """Run the recipe to its end and return its last checkpoint. A run folder that holds a checkpoint is resumed."""
-    check_division(recipe.packing, local_world()[1], recipe.micro_batch)
+    for chosen in recipe.stage_recipes():
+        check_division(chosen.packing, local_world()[1], chosen.micro_batch)
     torch.manual_seed(recipe.seed)
     with locked(recipe.folder):
-        blueprint = Blueprint.of(recipe)
-        data = open_data(recipe, blueprint, recipe.data.sources, recipe.folder / "plan", epochs=recipe.epochs)
-        held_out = None
-        if recipe.data.validation:
-            held_out = open_data(recipe, blueprint, recipe.data.validation, recipe.folder / "validation", epochs=1.0)
-            held_out.plan.total_packs()
-        plan_ahead(recipe, data)
+        resumed = checkpoint.latest(recipe.folder / "checkpoints")
+        position = checkpoint.read_position(resumed) if resumed else None
+        stages = open_stages(recipe, recipe.folder, position)
         with join_world() as world:
-            return run(recipe, world, data, held_out)
+            for stage in stages:
+                if not stage.is_over or stage is stages[-1]:
+                    resumed = run(recipe, stage, world)
+                    gc.collect()  # the sharded model of this stage, before the next is built
+    assert resumed is not None
+    return resumed
 
 
-def run(recipe: Recipe, world: World, data: PlannedData, held_out: PlannedData | None) -> Path:
-    """The steps of a run on this process."""
+def run(whole: Recipe, stage: Stage, world: World) -> Path:
+    """The steps of a stage on this process; returns its last checkpoint."""
+    recipe, data, held_out = stage.recipe, stage.data, stage.held_out
     folder, objective = recipe.folder, configure.build(recipe.objective, NextToken)
     dtype = resolve_precision(recipe.precision, world.device)
     resumed = checkpoint.latest(folder / "checkpoints")
@@ -79,27 +81,32 @@ def run(recipe: Recipe, world: World, data: PlannedData, held_out: PlannedData |
     materialise_state(optimizer)
     engine = Engine(model, optimizer, world, recipe.optim.clip)
 
-    position = Position(step=0, packs=0, tokens=0, plan=data.plan.fingerprint)
+    position, total = stage.position, stage.end
     if resumed:
-        position = checkpoint.load(resumed, model, optimizer)
+        saved = checkpoint.read_position(resumed)
+        begins = len(saved.finished) < stage.number
+        checkpoint.load(resumed, model, optimizer, next_stage=begins)
         restore_options(optimizer, model, recipe.optim)
-        check_plan(position, data, resumed)
-    total = total_steps(recipe, data, position)
+        if begins:
+            position = replace(position, tokens=saved.tokens)
+        else:
+            check_plan(position, data, resumed)
     batches = load_batches(recipe, world, data, position, total)
     micro_steps = recipe.packing.packs_per_batch // (world.size * recipe.micro_batch)
     meter = Meter(loss_names(data), factors, device_peak(world.device, dtype), world.sum, position.tokens)
     ledger = Ledger(folder, recipe.data.max_broken)
+    seen = Seen(folder / "seen", world, position.step + 1)
     skipped = 0
 
-    with writers(recipe, world, position, total) as outputs:
-        saved = resumed
+    with writers(whole, world, position, total) as outputs:
+        last = resumed
         for step in range(position.step, total):
             with meter.waiting():
                 micro_batches = [batch.to(world.device) for batch in islice(batches, micro_steps)]
             names = list(objective.weights(micro_batches))
             sums = world.sum([objective.weights(micro_batches)[name] for name in names])
             denominators = dict(zip(names, sums, strict=True))
-            factor = learning_rate_factor(recipe.schedule, step, total)
+            factor = learning_rate_factor(recipe.schedule, step - stage.begin, total - stage.begin)
             set_learning_rate(optimizer, factor)
 
             for batch in micro_batches:
@@ -110,6 +117,7 @@ def run(recipe: Recipe, world: World, data: PlannedData, held_out: PlannedData |
                 ledger.add(batch)
             norm, finite = engine.step()
             meter.end_step(norm, recipe.optim.lr * factor)
+            seen.add(step + 1, micro_batches)
             skipped = 0 if finite else skipped + 1
             if skipped:
                 ledger.note(f"step {step + 1}: the gradient is not finite, the update was skipped")
@@ -132,14 +140,14 @@ def run(recipe: Recipe, world: World, data: PlannedData, held_out: PlannedData |
                 outputs.write(done, figures)
             if saves:
                 with meter.paused():
-                    packs = position.packs + (done - position.step) * recipe.packing.packs_per_batch
-                    here = Position(done, packs, meter.tokens, data.plan.fingerprint)
-                    saved = checkpoint.save(folder / "checkpoints", model, optimizer, here, world)
+                    packs = stage.packs_at(done)
+                    here = replace(position, step=done, packs=packs, tokens=meter.tokens, sources=stage.cursors(packs))
+                    last = checkpoint.save(folder / "checkpoints", model, optimizer, here, world)
                     if world.is_first:
                         checkpoint.keep_last(folder / "checkpoints", recipe.keep)
-    if saved is None:
+    if last is None:
         raise RunError(f"nothing to do: {folder} asks for {total} steps")
-    return saved
+    return last
 
 
 def due(every: int, step: int, total: int) -> bool:
@@ -183,45 +191,13 @@ def load_batches(recipe: Recipe, world: World, data: PlannedData, position: Posi
         world, recipe.micro_batch, seed=recipe.seed, steps=range(position.step, total), first_pack=position.packs
     )
     loader = DataLoader(
-        data.materialiser(recipe.packing.capacity if world.device.type == "cuda" else None),
+        data.materialiser(recipe.packing.capacity if world.device.type == "cuda" else None, ahead=True),
         sampler=steps,
         batch_size=None,
         num_workers=recipe.data.workers,
         prefetch_factor=4 if recipe.data.workers else None,
     )
     return iter(loader)
-
-
-def plan_ahead(recipe: Recipe, data: PlannedData) -> None:
-    """Plan all packs that the run needs, from where it stands.
-
-    Raises:
-        RunError: the sources end before.
-    """
-    if recipe.steps is None:
-        data.plan.total_packs()
-        return
-    resumed = checkpoint.latest(recipe.folder / "checkpoints")
-    step, packs = 0, 0
-    if resumed:
-        position = checkpoint.read_position(resumed)
-        step, packs = position.step, position.packs
-    size = recipe.packing.packs_per_batch
-    planned = data.plan.ensure(packs + (recipe.steps - step) * size)
-    enough = step + -(-(planned - packs) // size)
-    if enough < recipe.steps:
-        raise RunError(
-            f"the recipe asks for {recipe.steps} steps and its sources hold enough for {enough}; lower `steps`, or "
-            "raise `epochs` of the sources"
-        )
-
-
-def total_steps(recipe: Recipe, data: PlannedData, position: Position) -> int:
-    """Steps of the run from its start. A batch size that changed on resume changes what is left."""
-    if recipe.steps is not None:
-        return recipe.steps
-    left = (data.plan.total_packs() or 0) - position.packs
-    return position.step + -(-left // recipe.packing.packs_per_batch)
 
 
 def check_plan(position: Position, data: PlannedData, resumed: Path) -> None:
@@ -294,6 +270,26 @@ def writers(recipe: Recipe, world: World, position: Position, total: int) -> Ite
     finally:
         for output in outputs:
             output.close()
+
+
+class Seen:
+    """What every step trained on: ``seen/rank-0.jsonl`` …, a line a step with a digest of the samples of each pack.
+
+    Sorted over all ranks, the digests of a step do not depend on how many processes there were: two runs saw the same
+    where they are equal. A resumed run has each step once.
+    """
+
+    def __init__(self, folder: Path, world: World, first_step: int) -> None:
+        folder.mkdir(exist_ok=True)
+        if world.is_first:  # files of ranks that a smaller world no longer has
+            for path in folder.glob("rank-*.jsonl"):
+                if int(path.stem.removeprefix("rank-")) >= world.size:
+                    JsonLines(path, first_step).close()
+        self._lines = JsonLines(folder / f"rank-{world.rank}.jsonl", first_step)
+
+    def add(self, step: int, batches: Sequence[Batch]) -> None:
+        digests = [digest for batch in batches for digest in batch.digests()]
+        self._lines.write(step, {"packs": digests})
 
 
 class Ledger:

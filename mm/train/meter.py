@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from rich import progress
@@ -275,8 +275,9 @@ class JsonLines:
             os.truncate(path, _length_before(path, first_step))
         self._file = path.open("a", encoding="utf-8")
 
-    def write(self, step: int, figures: Mapping[str, float]) -> None:
-        finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+    def write(self, step: int, figures: Mapping[str, Any]) -> None:
+        broken = [name for name, value in figures.items() if isinstance(value, float) and not math.isfinite(value)]
+        finite = {**figures, **dict.fromkeys(broken)}
         self._file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
         self._file.flush()
 

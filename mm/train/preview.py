@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from rich.console import RenderableType
+from rich.rule import Rule
 from rich.table import Table
 
 from mm.packing.balance import deal, imbalance
@@ -17,6 +19,7 @@ from mm.train.meter import training_factors
 from mm.train.optim import freeze
 from mm.train.parts import trained_parts
 from mm.train.recipe import Recipe
+from mm.train.stages import open_stages
 
 WORLDS = (2, 4, 8)
 BATCHES = 32  # global batches over which balance is measured
@@ -27,10 +30,7 @@ def planned(recipe: Recipe) -> PlannedData:
 
     A look at a recipe binds nothing: the next look may be at other options.
     """
-    folder = recipe.folder / "plan"
-    if not (folder / "plan.json").exists():
-        folder = Path(tempfile.mkdtemp(prefix="mm-plan-"))
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    folder = _folder(recipe) / "plan"
     data = open_data(recipe, Blueprint.of(recipe), recipe.data.sources, folder, epochs=recipe.epochs)
     if recipe.steps is not None:
         data.plan.ensure(recipe.steps * recipe.packing.packs_per_batch)
@@ -39,18 +39,52 @@ def planned(recipe: Recipe) -> PlannedData:
     return data
 
 
-def preview(recipe: Recipe) -> Iterator[Table]:
-    """Tables of what the recipe trains on, what is left out and why, and what it costs."""
-    data = planned(recipe)
+def _folder(recipe: Recipe) -> Path:
+    """The run's folder if it has a plan, else one that lasts as long as this process."""
+    if (recipe.folder / "plan" / "plan.json").exists():
+        return recipe.folder
+    folder = Path(tempfile.mkdtemp(prefix="mm-plan-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def planned_at(recipe: Recipe, step: int) -> tuple[PlannedData, int]:
+    """The plan that holds a step of the run, and the step's number in it.
+
+    Raises:
+        IndexError: the run ends before.
+    """
+    if not recipe.stages:
+        return planned(recipe), step
+    stages = open_stages(recipe, _folder(recipe))
+    for stage in stages:
+        if step < stage.end:
+            return stage.data, step - stage.begin
+    raise IndexError(f"the run ends after {stages[-1].end} steps; there is no step {step}")
+
+
+def preview(recipe: Recipe) -> Iterator[RenderableType]:
+    """Tables of what the recipe trains on, what is left out and why, and what it costs; for each of its stages."""
+    if not recipe.stages:
+        yield from _preview(recipe, planned(recipe))
+        return
+    for stage in open_stages(recipe, _folder(recipe)):
+        yield Rule(f"stage {stage.number}: steps {stage.begin:,} to {stage.end - 1:,}")
+        yield from _preview(stage.recipe, stage.data)
+
+
+def _preview(recipe: Recipe, data: PlannedData) -> Iterator[RenderableType]:
     yield sources_table(data)
     yield dropped_table(data)
     yield run_table(recipe, data)
 
 
 def sources_table(data: PlannedData) -> Table:
-    statistics = data.plan.statistics()
+    statistics, weighted = data.plan.statistics(), data.plan.weighted
+    unit = "samples" if weighted and data.plan.unit == "samples" else "tokens"
     table = Table("source", title="what is seen", title_justify="left")
-    for column in ("samples", "epochs", "tokens", "share", "media items", "media tokens"):
+    asked = ["asked"] if weighted else []
+    for column in ("samples", "epochs", "tokens", f"share of {unit}", *asked, "media items", "media tokens"):
         table.add_column(column, justify="right")
     for name, source in statistics.sources.items():
         items = ", ".join(f"{count:,} {modality}" for modality, count in source.items.items() if count)
@@ -60,7 +94,8 @@ def sources_table(data: PlannedData) -> Table:
             f"{source.samples:,}",
             f"{source.epochs:.2f}",
             f"{source.tokens:,}",
-            f"{source.share:.1%}",
+            f"{source.sample_share if unit == 'samples' else source.share:.2%}",
+            *([f"{source.asked:.2%}"] if weighted else []),
             items or "–",
             tokens or "–",
         )
@@ -68,9 +103,9 @@ def sources_table(data: PlannedData) -> Table:
 
 
 def dropped_table(data: PlannedData) -> Table:
-    """Rows that are passed over, by reason, and records that are no samples at all."""
+    """Rows that are passed over, by reason, once for every epoch, and records that are no samples at all."""
     table = Table("source", "left out", title="what is not seen", title_justify="left")
-    table.add_column("rows", justify="right")
+    table.add_column("rows, over all epochs", justify="right")
     statistics = data.plan.statistics()
     for (name, source), index in zip(statistics.sources.items(), data.indexes, strict=True):
         for reason, count in source.dropped.items():
@@ -97,6 +132,10 @@ def run_table(recipe: Recipe, data: PlannedData) -> Table:
     above = 1 - statistics.lower_bound / statistics.packs
     table.add_row("fill", f"{statistics.fill:.2%}, packs within {above:.2%} of the lower bound")
     table.add_row("steps", f"{steps:,} of {packing.packs_per_batch:,} packs")
+    if statistics.ended_by is not None:
+        held = -(-statistics.packs // packing.packs_per_batch)
+        early = f", before the {steps:,} steps asked for" if steps > held else ""
+        table.add_row("the data ends", f"after {held:,} steps, with {statistics.ended_by}{early}")
     encoders, decoder = sampled_flops(recipe, data)
     total = (encoders + decoder) * steps
     table.add_row("training FLOPs", f"{total:.2e} ({encoders / (encoders + decoder):.1%} in encoders and adapters)")
@@ -138,5 +177,6 @@ def mean_imbalance(data: PlannedData, world: int) -> float:
 
 
 def first_batches(data: PlannedData) -> list[list[int]]:
-    total = -(-data.plan.planned // data.plan.packs_per_batch)
+    packs, size = data.plan.planned, data.plan.packs_per_batch
+    total = -(-packs // size) if data.plan.ended else packs // size  # the last window may end within a batch
     return [data.plan.batch(step) for step in range(min(BATCHES, total))]

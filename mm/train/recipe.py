@@ -9,8 +9,9 @@ from typing import Any
 
 from mm import configure
 from mm.configure import RecipeError
+from mm.data.cache import CacheOptions
 from mm.model.multimodal import ModelOptions
-from mm.packing.plan import PackingOptions
+from mm.packing.plan import PackingOptions, Unit
 from mm.tokenizers.text import TokenizerOptions
 from mm.train.optim import OptimOptions
 from mm.train.parallel import Precision
@@ -22,30 +23,43 @@ from mm.train.warm_start import WarmStartOptions
 class SourceOptions:
     """One source of samples: a split of a data card.
 
-    weight: share of the tokens in the mixture; leave it out everywhere to take the sources as large as they are
-    epochs: how often each sample is seen at most; None follows the recipe's `epochs`
+    weight: share of the mixture in `DataOptions.unit`, relative to the other weights; all sources have one or none. If
+        none has, each takes the share at which all end together, as often as `epochs` says
+    epochs: how often each sample is seen: 2 samples up, 0.5 down to half of the samples. With weights it is a bound:
+        the first source that reaches it ends the run. None follows the recipe's `epochs`
+    where: which samples are taken, such as ``clip > 0.28 and width >= 200``, see `mm.data.where`
     """
 
     card: str
     split: str = "train"
     weight: float | None = None
     epochs: float | None = None
+    where: str | None = None
 
 
 @dataclass
 class DataOptions:
     """Where samples come from.
 
+    unit: what weights are shares of: `tokens`; `samples`; or `epochs`, where a source of weight 2 is passed over twice
+        while one of weight 1 is once
     index: folder for indexes and columns; safe to delete, safe to share between runs
+    cache: keep copies of remote shards on disk, see docs/remote.md; without it they are read in place
     workers: loader processes per training process
     max_broken: share of samples that may turn out broken before the run stops
     """
 
     sources: dict[str, SourceOptions]
     validation: dict[str, SourceOptions] = field(default_factory=dict)
+    unit: Unit = "tokens"
     index: str = "~/.cache/mm"
+    cache: CacheOptions | None = None
     workers: int = 1
     max_broken: float = 0.01
+
+
+OF_THE_WHOLE_RUN = {"name", "run", "seed", "init_from", "warm_start", "keep", "stages"}
+"""Keys that a stage cannot change."""
 
 
 @dataclass
@@ -54,6 +68,8 @@ class Recipe:
 
     run: folder of checkpoints, logs and the plan
     steps, epochs: how long; exactly one of them
+    stages: what is laid over the rest in each stage, such as another mixture, capacity, freezing or learning rate; each
+        says its own `steps` or `epochs`. See `mm.train.stages`
     micro_batch: packs that one process works on at once
     init_from: run, checkpoint or export whose weights to start from (weights only, unlike resuming)
     warm_start: where linear adapters start, see `mm.train.warm_start`
@@ -81,9 +97,12 @@ class Recipe:
     validate_every: int = 0
     save_every: int = 0
     keep: int = 2
+    stages: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if (self.steps is None) == (self.epochs is None):
+        if self.stages:
+            self._check_stages()
+        elif (self.steps is None) == (self.epochs is None):
             raise RecipeError("a recipe needs exactly one of `steps` and `epochs`")
         if self.micro_batch < 1:
             raise RecipeError(f"micro_batch is {self.micro_batch}; it counts packs and must be at least 1")
@@ -94,6 +113,27 @@ class Recipe:
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         """The recipe in a YAML file with dotted `key=value` overrides on top."""
         return configure.load(cls, path, overrides)
+
+    def stage_recipes(self) -> list[Recipe]:
+        """The recipe of each stage; the recipe itself if it names none."""
+        if not self.stages:
+            return [self]
+        recipes = []
+        for number, changes in enumerate(self.stages):
+            try:
+                recipes.append(configure.derive(self, {**changes, "stages": []}))
+            except RecipeError as error:
+                raise RecipeError(f"stages.{number}: {str(error).removeprefix('command line: ')}") from None
+        return recipes
+
+    def _check_stages(self) -> None:
+        if self.steps is not None or self.epochs is not None:
+            raise RecipeError("with `stages`, each of them says its `steps` or `epochs`, and the recipe itself none")
+        for number, changes in enumerate(self.stages):
+            if whole := OF_THE_WHOLE_RUN & changes.keys():
+                named = ", ".join(sorted(whole))
+                raise RecipeError(f"stages.{number}: {named} cannot differ between the stages of a run")
+        self.stage_recipes()
 
     @property
     def folder(self) -> Path:

@@ -3,6 +3,7 @@
     openclipart     Debian's public-domain drawings with curated captions: the demo corpus, byte for byte
     image-folder    any folder with pictures and a .txt or .json beside each
     llava-json      conversations in LLaVA's form and the folder of their pictures
+    mmc4            interleaved documents in MMC4's form and the folder of their pictures
 
 A builder is a function ``build(out, **options) -> Report``; the options and their defaults are its parameters.
 """
@@ -14,13 +15,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from mm.data.sources import image_folder, llava_json, openclipart
+from mm.data.sources import image_folder, llava_json, mmc4, openclipart
 from mm.data.sources.writer import Report
 
 SOURCES: dict[str, Callable[..., Report]] = {
     "openclipart": openclipart.build,
     "image-folder": image_folder.build,
     "llava-json": llava_json.build,
+    "mmc4": mmc4.build,
 }
 
 

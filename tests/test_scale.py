@@ -1,0 +1,64 @@
+"""Planning at the size of web corpora: windows stream, memory stays where the columns need it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PLANNING = """
+import json, resource, sys, time
+import numpy as np
+from benchmarks.lengths import mixed_lengths
+from mm.packing.options import PackingOptions
+from mm.packing.plan import Plan
+from mm.packing.streams import Source
+
+rows, folder = int(sys.argv[1]), sys.argv[2]
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+some = mixed_lengths(100_000)
+times = rows // 100_000
+source = Source(
+    name="web",
+    shards=np.full(rows // 10_000, 10_000),
+    tokens=np.tile(some.tokens.astype(np.int32), times)[:, None],
+    choice_probabilities=np.ones(1),
+    counts=np.tile(np.column_stack([some.images, 0 * some.images, 0 * some.images]).astype(np.int8), (times, 1)),
+    fingerprint="made up",
+)
+columns = peak()
+begun = time.monotonic()
+plan = Plan.open(folder, [source], PackingOptions(capacity=4096, limits={"image": 16}), seed=0, epochs=1)
+plan.ensure(1)
+first = time.monotonic() - begun
+packs = plan.total_packs()
+found = plan.statistics()
+print(json.dumps({
+    "columns": columns, "peak": peak(), "first_window": first, "seconds": time.monotonic() - begun, "packs": packs,
+    "samples": found.samples, "fill": found.fill,
+}))
+"""
+
+
+def planned(rows: int, folder: Path) -> dict[str, float]:
+    command = [sys.executable, "-c", PLANNING, str(rows), str(folder)]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def test_planning_a_million_samples_takes_little_memory_beside_the_columns(tmp_path: Path) -> None:
+    found = planned(1_000_000, tmp_path)
+    assert found["samples"] == 1_000_000
+    assert found["peak"] - found["columns"] < 150 * 2**20
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_hundred_million_samples_are_planned_in_two_gigabytes(tmp_path: Path) -> None:
+    found = planned(100_000_000, tmp_path)
+    print(found)
+    assert found["samples"] == 100_000_000
+    assert found["peak"] < 2e9
+    assert found["fill"] > 0.98
