@@ -62,3 +62,44 @@ def test_a_hundred_million_samples_are_planned_in_two_gigabytes(tmp_path: Path) 
     assert found["samples"] == 100_000_000
     assert found["peak"] < 2e9
     assert found["fill"] > 0.98
+
+
+LOADING = """
+import json, sys
+from pathlib import Path
+import torch
+from torch.utils.data import DataLoader
+from mm.packing.materialise import MicroStep
+from mm.train.dataset import Blueprint, open_data
+from mm.train.recipe import Recipe
+
+torch.set_num_threads(1)
+recipe = Recipe.load("train/demo-pretrain.yaml", ["data.sources.words=null", "data.sources.captions.weight=null"])
+data = open_data(recipe, Blueprint.of(recipe), recipe.data.sources, Path(sys.argv[1]), epochs=30, progress=False)
+data.plan.total_packs()
+loader = DataLoader(
+    data.materialiser(), sampler=[MicroStep(0, (n,)) for n in range(data.plan.planned)], batch_size=None, num_workers=1
+)
+def resident(process):
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:")) / 1024
+batches = iter(loader)
+(worker,) = [process.pid for process in batches._workers]
+samples, marks = 0, []
+for batch in batches:
+    samples += int((batch.rows[:, 0] >= 0).sum())
+    if samples >= 5000 * (len(marks) + 1):
+        marks.append((resident("self"), resident(worker)))
+print(json.dumps({"samples": samples, "marks": marks}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_memory_stays_flat_over_fifty_thousand_samples(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", LOADING, str(tmp_path / "plan")]
+    found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+    print(found)
+    assert found["samples"] >= 50_000
+    for process in zip(*found["marks"][1:], strict=True):  # the first 5,000 fill caches
+        assert max(process) < 1.05 * min(process)
