@@ -74,7 +74,7 @@ from mm.train.dataset import Blueprint, open_data
 from mm.train.recipe import Recipe
 
 torch.set_num_threads(1)
-recipe = Recipe.load("train/demo-pretrain.yaml", ["data.sources.words=null", "data.sources.captions.weight=null"])
+recipe = Recipe.load("train/demo-pretrain.yaml")
 data = open_data(recipe, Blueprint.of(recipe), recipe.data.sources, Path(sys.argv[1]), epochs=30, progress=False)
 data.plan.total_packs()
 loader = DataLoader(
