@@ -6,7 +6,8 @@
 One rule on top of YAML: **where a mapping is expected, a path names the preset file that holds it**, and a mapping may
 say ``preset: path`` beside the keys in which it differs. Laying one file over another, a mapping merges key by key,
 everything else replaces what stood there; a mapping that names another ``_target_`` replaces as well, because options
-of one class mean nothing to the next. A command-line override ``a.b=1`` is a one-line recipe laid over the file.
+of one class mean nothing to the next. ``null`` takes an entry out of a mapping of named things, such as a source that
+a preset names. A command-line override ``a.b=1`` is a one-line recipe laid over the file.
 
 Every value remembers the file and line that it came from, so that an error can say where to look.
 """
@@ -428,7 +429,11 @@ def _laid_over(base: _Node | None, over: _Node, hint: Any, files: tuple[Path, ..
         return _items_replaced(base, over, hint, files)
     entries = {} if base is None or _names_another_class(base, over) else dict(base.value)
     for key, child in over.value.items():
-        entries[key] = _laid_over(entries.get(key), child, _item_type(hint, key), files)
+        item = _item_type(hint, key)
+        if child.value is None and key in entries and not is_dataclass(hint) and _is_mapping(_container(item)):
+            del entries[key]  # such as a source that a preset names
+        else:
+            entries[key] = _laid_over(entries.get(key), child, item, files)
     # What an override changes still stands in its file: a key that is missing there is to be written there.
     return replace(base if base is not None and over.file is None else over, value=entries)
 

@@ -160,6 +160,15 @@ def test_plan_and_inspect_show_every_stage(staged: Path, tmp_path: Path) -> None
         planned_at(recipe, 6)
 
 
+def test_a_stage_or_an_override_may_leave_a_source_out(staged: Path) -> None:
+    changes = "stages=[{steps: 3}, {steps: 1, data: {sources: {text: null}}}]"
+    first, second = Recipe.load(staged, [changes]).stage_recipes()
+    assert (set(first.data.sources), set(second.data.sources)) == ({"pairs", "text"}, {"pairs"})
+    assert set(Recipe.load(staged, ["data.sources.text=null"]).data.sources) == {"pairs"}
+    with pytest.raises(RecipeError, match="nowhere"):
+        Recipe.load(staged, ["data.sources.nowhere=null"])
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
