@@ -15,20 +15,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from benchmarks.lengths import IMAGE_TOKENS, Lengths, mixed_lengths
-from mm.packing.balance import deal, imbalance, imbalance_bound
+from mm.packing.balance import deal, imbalance, imbalance_bound, side_by_side
 from mm.packing.fit import first_fit_decreasing, in_order, lower_bound
 from mm.packing.hashing import shuffled
 from mm.packing.options import PackingOptions
-from mm.packing.plan import Plan
-from mm.packing.streams import Source
+from mm.packing.plan import Plan, Rows, Source
 
 CAPACITY = 4096
 PLANNED = 1_000_000
+WINDOW = 2048  # packs
+ALIKE = (8, 16)
 
 # Forward FLOPs of a SigLIP SO400M with 729 patches for the 144 tokens of an image, and of a Qwen2.5-1.5B.
 ENCODER_OF_IMAGE = 2 * 4.0e8 * 729 + 27 * 4 * 729**2 * 1152
@@ -109,31 +110,47 @@ def limits_table(samples: int, seeds: int) -> None:
 
 
 def balance_table(seeds: int) -> None:
-    print("\nTime of a global batch over perfectly even ranks: Σ (max encoder + max decoder) / Σ means")
+    print(
+        "\nTime of a global batch over perfectly even ranks, Σ (max encoder + max decoder) / Σ means; how much batches"
+        "\ndiffer in cost (deviation over mean). Windows of 2048 packs"
+    )
     for training, factor in (("encoder trained", 3.0), ("encoder frozen", 1.0)):
-        for world, micro_steps in ((8, 8), (8, 32), (64, 8)):
-            results: dict[str, list[float]] = {}
-            seconds = []
-            for seed in range(seeds):
-                costs = pack_costs(world * micro_steps * 4, seed, factor)
-                for batch in range(4):
-                    part = costs[batch * world * micro_steps :][: world * micro_steps]
-                    start = time.perf_counter()
-                    dealt = deal(part, world, seed)
-                    seconds.append(time.perf_counter() - start)
-                    totals = part.sum(axis=1)
-                    for name, way in {
-                        "as they come": np.arange(len(part)).reshape(-1, world),
-                        "equal sums per rank": levelled(totals, world),
-                        "sorted by total": np.argsort(totals).reshape(-1, world),
-                        "ours": dealt,
-                    }.items():
-                        results.setdefault(name, []).append(imbalance(part, way))
-                    results.setdefault("(no deal is below)", []).append(imbalance_bound(part, world))
-            milliseconds = 1000 * statistics.median(seconds)
-            print(f"  {training}, {world} ranks × {micro_steps} packs; dealing takes {milliseconds:.0f} ms a batch")
-            for name, values in results.items():
-                print(f"    {name:22} {spread(values, digits=3)}")
+        windows = [pack_costs(WINDOW, seed, factor) for seed in range(seeds)]
+        alike = [
+            {size: costs[side_by_side(costs, size, 0, seed)] for size in ALIKE} for seed, costs in enumerate(windows)
+        ]
+        for world, micro_steps in ((8, 8), (8, 32), (16, 4), (64, 8)):
+            ways: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+                "as they come": lambda part, world=world: np.arange(len(part)).reshape(-1, world),
+                "equal sums per rank": lambda part, world=world: levelled(part.sum(axis=1), world),
+                "sorted by total": lambda part, world=world: np.argsort(part.sum(axis=1)).reshape(-1, world),
+                "dealt": lambda part, world=world: deal(part, world, 0),
+            }
+            print(f"  {training}, {world} ranks × {micro_steps} packs")
+            for name, way in ways.items():
+                print(f"    {name:34} {balance_of(windows, world, micro_steps, way)}")
+            bound = [imbalance_bound(part, world) for costs in windows for part in batches(costs, world * micro_steps)]
+            print(f"    {'(no deal of these is below)':34} {statistics.mean(bound):6.3f}")
+            for size in ALIKE:
+                orders = [orders[size] for orders in alike]
+                name = f"ours: {size} alike in a row, dealt"
+                print(f"    {name:34} {balance_of(orders, world, micro_steps, ways['dealt'])}", flush=True)
+
+
+def balance_of(
+    windows: Sequence[np.ndarray], world: int, micro_steps: int, way: Callable[[np.ndarray], np.ndarray]
+) -> str:
+    """Mean imbalance of each window's batches ± half the range over windows, and the deviation of batches' costs."""
+    parts = [list(batches(costs, world * micro_steps)) for costs in windows]
+    lost = [statistics.mean(imbalance(part, way(part)) for part in window) for window in parts]
+    totals = [[float(part.sum()) for part in window] for window in parts]
+    differ = statistics.mean(statistics.pstdev(window) / statistics.mean(window) for window in totals)
+    return f"{spread(lost, digits=3)}; {100 * differ:.1f} %"
+
+
+def batches(costs: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """Global batches of `size` packs, as many as are whole."""
+    return (costs[start : start + size] for start in range(0, len(costs) - size + 1, size))
 
 
 def pack_costs(number: int, seed: int, encoder_factor: float) -> np.ndarray:
@@ -164,14 +181,8 @@ def planned(lengths: np.ndarray, images: np.ndarray | None = None, limit: int | 
     shards = 100
     counts = np.zeros((len(lengths), 3), np.int16)
     counts[:, 0] = 0 if images is None else images
-    source = Source(
-        name="mixture",
-        shards=np.full(shards, len(lengths) // shards),
-        tokens=lengths[:, None].astype(np.int32),
-        choice_probabilities=np.ones(1),
-        counts=counts,
-        fingerprint="benchmark",
-    )
+    rows = Rows(np.full(shards, len(lengths) // shards), lengths[:, None].astype(np.int32), counts)
+    source = Source.of_rows("mixture", rows, np.ones(1), "benchmark")
     options = PackingOptions(capacity=CAPACITY, limits={} if limit is None else {"image": limit})
     with tempfile.TemporaryDirectory() as folder:
         plan = Plan.open(folder, [source], options, seed=0, epochs=1)

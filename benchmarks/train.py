@@ -196,7 +196,7 @@ def byte_tokenizer() -> TextTokenizer:
 
 def pack(documents: Sequence[Document], model: MultimodalLM) -> Batch:
     """The documents as one pack."""
-    rows = [(0, number) for number in range(len(documents))]
+    rows = [(0, 0, number) for number in range(len(documents))]
     return Processor(byte_tokenizer(), model.entrances).collate([documents], [rows])
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mm.packing.balance import deal, imbalance, imbalance_bound
+from mm.packing.balance import deal, imbalance, imbalance_bound, side_by_side
 from mm.packing.hashing import GOLDEN, hash64, mix, shuffled
 
 
@@ -37,6 +37,49 @@ def test_the_deal_beats_random_sorted_and_levelled_packs(seed):
     assert dealt < imbalance(costs, levelled.reshape(8, 8).T)
     assert dealt < imbalance(costs, shuffled(64, seed).reshape(8, 8))
     assert imbalance_bound(costs, 8) <= dealt
+
+
+@given(packs=st.integers(0, 200), size=st.integers(1, 12), first=st.integers(0, 50), seed=st.integers(0, 99))
+@settings(max_examples=100, deadline=None)
+def test_an_order_of_alike_packs_holds_every_pack_once(packs, size, first, seed):
+    assert sorted(side_by_side(costs_of_packs(packs, seed), size, first, seed).tolist()) == list(range(packs))
+
+
+@pytest.mark.parametrize("first", [0, 5, 8])
+def test_packs_between_multiples_of_the_size_are_alike_in_both_costs(first):
+    costs = costs_of_packs(2048, 0)
+    ordered = costs[side_by_side(costs, 8, first, 0)]
+    groups = ordered[-first % 8 :][: 8 * 255].reshape(-1, 8, 2)
+    assert np.median(np.ptp(groups, axis=1) / costs.std(axis=0), axis=0).max() < 0.25
+    straddling = ordered[(-first + 4) % 8 :][: 8 * 255].reshape(-1, 8, 2)
+    assert np.median(np.ptp(straddling, axis=1) / costs.std(axis=0), axis=0).max() > 0.25
+
+
+def test_alike_packs_are_dealt_to_as_many_ranks_with_less_than_half_the_loss():
+    costs = costs_of_packs(2048, 0)
+    lost = {
+        size: np.mean([imbalance(batch, deal(batch, 8, 0)) - 1 for batch in costs[order].reshape(-1, 64, 2)])
+        for size in (1, 8)
+        for order in [side_by_side(costs, size, 0, 0)]
+    }
+    assert lost[8] < lost[1] / 2
+
+
+def test_batches_of_alike_packs_differ_less_in_cost_than_if_groups_came_at_random():
+    ours, at_random = [], []
+    for seed in range(8):
+        costs = costs_of_packs(2048, seed)
+        groups = costs[side_by_side(costs, 8, 0, seed)].sum(axis=1).reshape(-1, 8).sum(axis=1)
+        ours.append(groups.reshape(-1, 8).sum(axis=1).std())
+        at_random.append(groups[shuffled(256, seed)].reshape(-1, 8).sum(axis=1).std())
+    assert np.mean(ours) < 0.65 * np.mean(at_random)
+
+
+def test_alike_packs_come_in_no_order_of_cost():
+    costs = costs_of_packs(2048, 0)
+    totals = costs[side_by_side(costs, 8, 0, 0)].sum(axis=1).reshape(-1, 8).mean(axis=1)
+    assert abs(np.corrcoef(np.arange(256), totals)[0, 1]) < 0.1
+    assert side_by_side(costs, 8, 0, 0).tolist() != side_by_side(costs, 8, 0, 1).tolist()
 
 
 def test_a_small_deal_is_the_best_of_all():

@@ -34,13 +34,14 @@ from mm.data import cache as cache_module
 from mm.data import shards as shards_module
 from mm.data.cache import CachedFile, ShardCache, fetch_ahead, parse_bytes
 from mm.data.card import Card
-from mm.data.index import Index, fetch_rows_ahead, index_card
+from mm.data.index import Index, SplitSamples, fetch_rows_ahead, index_card
 from mm.data.shards import RemoteFile, ShardChanged, ShardStat
 from mm.train.checkpoint import Position
-from mm.train.dataset import Blueprint, PlannedData, open_data
+from mm.train.dataset import PlannedData, open_data
 from mm.train.loop import load_batches
 from mm.train.parallel import World
 from mm.train.recipe import Recipe
+from mm.train.sources import Blueprint
 from tests.shard_files import jpeg, pairs, words, write_card, write_tar
 from tests.small_world import environment, losses, train_apart, write_recipe
 
@@ -761,15 +762,16 @@ def test_an_open_shard_is_given_back_when_its_reader_closes_it(
 def test_the_shards_of_coming_rows_are_fetched_in_the_order_of_the_rows(tmp_path: Path, server: Server) -> None:
     card = remote_card(tmp_path, server)
     index = index_card(card, "train", tmp_path / "index", progress=False)
-    index = Index(replace(card, cache=cache_in(tmp_path)), index.split, index.folder, index.shards)
+    paths = [entry.shard for entry in index.shards]
+    samples = SplitSamples(replace(card, cache=cache_in(tmp_path)), index.split, index.folder, paths)
     server.forget()
-    fetch_rows_ahead([index, index], np.array([0, 1, 0, 1]), np.array([13, 14, 2, 17]))
+    fetch_rows_ahead([samples, samples], np.array([0, 1, 0, 1]), np.array([2, 2, 0, 2]))
     finish_ahead()
     assert list(dict.fromkeys(name for _, name, _ in server.requests)) == ["2.tar", "0.tar"]
 
 
 def planned(recipe: Recipe, folder: Path) -> PlannedData:
-    data = open_data(recipe, Blueprint.of(recipe), recipe.data.sources, folder, epochs=2, progress=False)
+    data = open_data(recipe, Blueprint.of(recipe), recipe.data.sources, folder, epochs=2)
     data.plan.total_packs()
     return data
 

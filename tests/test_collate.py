@@ -25,7 +25,7 @@ def document(tokens: Sequence[int], weights: Sequence[float]) -> Document:
 FIRST = document([11, 12, 13], [0, 1, 2])
 SECOND = document([21, 22], [1, 1])
 THIRD = document([31, 32, 33, 34], [0, 0, 0.5, 0])
-ROWS = [[(0, 5), (1, 7)], [(0, 9)]]
+ROWS = [[(0, 2, 5), (1, 0, 7)], [(0, 1, 9)]]
 
 
 def test_positions_start_at_zero_in_every_document(processor: Processor) -> None:
@@ -44,7 +44,7 @@ def test_offsets_packs_and_rows_say_where_documents_and_packs_begin(processor: P
     batch = processor.collate([[FIRST, SECOND], [THIRD]], ROWS)
     assert batch.offsets.tolist() == [0, 3, 5, 9]
     assert batch.packs.tolist() == [0, 5, 9]
-    assert batch.rows.tolist() == [[0, 5], [1, 7], [0, 9]]
+    assert batch.rows.tolist() == [[0, 2, 5], [1, 0, 7], [0, 1, 9]]
     assert batch.real_tokens == 9
 
 
@@ -52,7 +52,7 @@ def test_packs_are_filled_up_to_a_fixed_capacity_by_documents_without_loss(proce
     batch = processor.collate([[FIRST, SECOND], [THIRD]], ROWS, capacity=6)
     assert batch.packs.tolist() == [0, 6, 12]
     assert batch.offsets.tolist() == [0, 3, 5, 6, 10, 12]
-    assert batch.rows[[2, 4]].tolist() == [[-1, -1], [-1, -1]]
+    assert batch.rows[[2, 4]].tolist() == [[-1, -1, -1], [-1, -1, -1]]
     assert batch.real_tokens == 9
     assert batch.weights.sum() == processor.collate([[FIRST, SECOND], [THIRD]], ROWS).weights.sum()
 

@@ -83,7 +83,7 @@ def documents(processor: Processor, samples: Sequence[Sample], seed: int = 0) ->
 
 
 def collate(processor: Processor, packs: Sequence[Sequence[Document]], capacity: int | None = None) -> Batch:
-    rows = [[(0, number) for number, _ in enumerate(pack)] for pack in packs]
+    rows = [[(0, 0, number) for number, _ in enumerate(pack)] for pack in packs]
     return processor.collate(packs, rows, capacity=capacity)
 
 

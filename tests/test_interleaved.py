@@ -26,8 +26,9 @@ from mm.data.sources import build
 from mm.packing.collate import Processor
 from mm.packing.materialise import MicroStep
 from mm.sample import BrokenSample, Image, Modality, Sample, Text
-from mm.train.dataset import Blueprint, PlannedData, open_data
+from mm.train.dataset import PlannedData, open_data
 from mm.train.recipe import Recipe
+from mm.train.sources import Blueprint
 from tests.shard_files import RangeServer, as_json, jpeg, write_card, write_tar
 from tests.small_world import picture, write_recipe
 
@@ -394,7 +395,7 @@ def planned(tmp_path: Path, corpus: dict[str, Path], tokenizer_folder: Path) -> 
     cards = corpus | {"obelics": obelics, "mmc4": mmc4, "lines": lines}
     recipe = Recipe.load(write_recipe(tmp_path, cards, tokenizer_folder, ["obelics", "mmc4", "lines"]))
     blueprint = Blueprint.of(recipe)
-    return open_data(recipe, blueprint, recipe.data.sources, tmp_path / "plan", epochs=1.0, progress=False)
+    return open_data(recipe, blueprint, recipe.data.sources, tmp_path / "plan", epochs=1.0)
 
 
 def expected(name: str, row: int) -> list[str | bytes]:
@@ -412,13 +413,16 @@ def test_pages_and_lines_reach_the_batches_whole_and_in_order(planned: PlannedDa
     for pack in range(planned.plan.total_packs() or 0):
         batch = materialiser[MicroStep(0, (pack,))]
         assert not batch.broken
-        for (source, row), start, end in zip(
+        for (source, shard, row), start, end in zip(
             batch.rows.tolist(), batch.offsets[:-1].tolist(), batch.offsets[1:].tolist(), strict=True
         ):
+            index = planned.sources[source].index
+            assert index is not None
+            row += int(index.starts[shard])
             contents = expected(planned.names[source], row)
-            sample = planned.indexes[source].sample(row)
+            sample = index.sample(row)
             assert [part.text if isinstance(part, Text) else part.data for part in sample.parts] == contents
-            facts = iter(planned.indexes[source].facts(row))
+            facts = iter(index.facts(row))
             laid = [
                 one if isinstance(one, str) else processor.media_length(Modality.IMAGE, next(facts)) for one in contents
             ]

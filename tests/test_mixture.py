@@ -19,7 +19,7 @@ from mm.data.index import index_card
 from mm.data.where import WhereError
 from mm.packing.options import PackingOptions
 from mm.packing.plan import SKEW, SKEW_TOKENS, Plan, PlanChanged
-from mm.packing.streams import DROPPED, EXCLUSIONS, FILTERED, MISSING, Source
+from mm.packing.source import DROPPED, EXCLUSIONS, FILTERED, MISSING, Source
 from mm.train.preview import preview
 from mm.train.recipe import Recipe
 from tests.small_world import train_here, write_recipe, write_source
@@ -35,10 +35,13 @@ def of_lengths(name: str, lengths: np.ndarray, **options) -> Source:
         name,
         len(lengths),
         shards=1,
-        tokens=lengths[:, None].astype(np.int32),
-        counts=np.zeros((len(lengths), 3), np.int16),
-        media_end=None,
-        media_tokens=None,
+        columns={
+            "tokens": lengths[:, None].astype(np.int32),
+            "counts": np.zeros((len(lengths), 3), np.int16),
+            "media_end": None,
+            "media_tokens": None,
+            "media_flops": None,
+        },
         **options,
     )
 
@@ -210,7 +213,7 @@ def test_a_tiny_weight_is_met_in_the_long_run(tmp_path):
 def test_excluded_rows_are_never_seen_and_counted_by_reason_once_an_epoch(tmp_path):
     excluded = np.zeros(900, np.uint8)
     excluded[:10], excluded[10:30], excluded[30:60] = DROPPED, FILTERED, MISSING
-    plan = Plan.open(tmp_path, [source(excluded=excluded)], OPTIONS, seed=0, epochs=2)
+    plan = Plan.open(tmp_path, [source(columns={"excluded": excluded})], OPTIONS, seed=0, epochs=2)
     plan.total_packs()
     dropped = plan.statistics().sources["captions"].dropped
     assert [dropped[reason] for reason in EXCLUSIONS] == [20, 40, 60]
@@ -222,9 +225,9 @@ def test_a_source_that_is_excluded_whole_is_refused_with_the_reasons(tmp_path):
     excluded[:4] = DROPPED
     message = "none of its 900 rows can be used: 4 dropped by `mm data drop`, 896 filtered out by `where`"
     with pytest.raises(ValueError, match=message):
-        Plan.open(tmp_path, [source(excluded=excluded)], OPTIONS, seed=0)
+        Plan.open(tmp_path, [source(columns={"excluded": excluded})], OPTIONS, seed=0)
     with pytest.raises(ValueError, match=r"excluded is for \(3,\)"):
-        source(excluded=np.zeros(3, np.uint8))
+        source(columns={"excluded": np.zeros(3, np.uint8)})
 
 
 def test_a_changed_unit_or_selection_is_another_plan(tmp_path):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,31 +18,50 @@ import pytest
 from benchmarks.lengths import mixed_lengths
 from mm.configure import load
 from mm.packing.options import PackingOptions
-from mm.packing.plan import Plan, PlanChanged, PlanDamaged, PlanReader
-from mm.packing.streams import Source
+from mm.packing.plan import Cursor, PackRows, Plan, PlanChanged, PlanDamaged, PlanReader, Rows, Source
 
 ROOT = Path(__file__).parent.parent
 OPTIONS = PackingOptions(capacity=512, limits={"image": 8}, batch=8, window=32, shuffle_shards=3)
 
 
 def source(
-    name: str = "captions", rows: int = 900, *, shards: int = 9, capacity: int = 512, seed: int = 0, **options
+    name: str = "captions",
+    rows: int = 900,
+    *,
+    shards: int = 9,
+    capacity: int = 512,
+    seed: int = 0,
+    columns: dict[str, np.ndarray | None] | None = None,
+    **options,
 ) -> Source:
-    """A source of mixed lengths with one choice of text."""
+    """A source of mixed lengths with one choice of text, other `columns` in the place of some."""
     mixture = mixed_lengths(rows, capacity=capacity, seed=seed)
     counts = np.zeros((rows, 3), np.int16)
     counts[:, 0] = mixture.images
     media = np.zeros((rows, 3), np.int32)
     media[:, 0] = mixture.image_tokens
     values = {
+        "shards": np.full(shards, rows // shards),
         "tokens": mixture.tokens[:, None].astype(np.int32),
-        "choice_probabilities": np.ones(1),
         "counts": counts,
-        "fingerprint": f"{name}-{rows}-{seed}",
         "media_end": mixture.image_tokens[:, None].astype(np.int32),
         "media_tokens": media,
+        "media_flops": mixture.image_tokens.astype(np.float64),
     }
-    return Source(name, np.full(shards, rows // shards), **(values | options))
+    probabilities = options.pop("choice_probabilities", np.ones(1))
+    return Source.of_rows(name, Rows(**(values | (columns or {}))), probabilities, f"{name}-{rows}-{seed}", **options)
+
+
+def rows_of(source: Source) -> Rows:
+    """All rows of a source."""
+    return source.load(range(source.shards))
+
+
+def numbers(plan: PlanReader, pack: PackRows) -> np.ndarray:
+    """(k,) number of each sample among all rows of its source, whose shards are of equal size."""
+    parts = json.loads((plan.folder / "plan.json").read_text())["parts"]
+    sizes = np.array([parts[f"{name}.rows"] // parts[f"{name}.shards"] for name in parts["sources"]])
+    return pack.shard * sizes[pack.source] + pack.row
 
 
 def seen(plan: PlanReader, packs: int | None = None) -> list[tuple[int, int, int]]:
@@ -48,7 +69,7 @@ def seen(plan: PlanReader, packs: int | None = None) -> list[tuple[int, int, int
     samples = []
     for number in range(plan.planned if packs is None else packs):
         pack = plan.pack(number)
-        samples.extend(zip(pack.source.tolist(), pack.epoch.tolist(), pack.row.tolist(), strict=True))
+        samples.extend(zip(pack.source.tolist(), pack.epoch.tolist(), numbers(plan, pack).tolist(), strict=True))
     return samples
 
 
@@ -80,7 +101,9 @@ def test_no_pack_is_over_capacity_or_limits(tmp_path):
     plan = Plan.open(tmp_path, sources, OPTIONS, seed=0, epochs=1)
     for number in range(plan.total_packs() or 0):
         pack = plan.pack(number)
-        images = sum(sources[owner].counts[row, 0] for owner, row in zip(pack.source, pack.row, strict=True))
+        images = sum(
+            rows_of(sources[owner]).counts[row, 0] for owner, row in zip(pack.source, numbers(plan, pack), strict=True)
+        )
         assert 0 < pack.length.sum() <= 512
         assert images <= 8
 
@@ -171,10 +194,10 @@ def test_a_weighted_plan_ends_with_the_source_that_runs_dry_and_keeps_its_mixtur
 
 
 def test_what_fits_no_pack_is_dropped_and_counted(tmp_path):
-    pages = source(rows=900)
+    pages = rows_of(source(rows=900))
     tokens, counts = pages.tokens.copy(), pages.counts.copy()
     tokens[:20], tokens[20:50], counts[50:90, 0] = 0, 600, 9
-    plan = Plan.open(tmp_path, [source(tokens=tokens, counts=counts)], OPTIONS, seed=0, epochs=2)
+    plan = Plan.open(tmp_path, [source(columns={"tokens": tokens, "counts": counts})], OPTIONS, seed=0, epochs=2)
     plan.total_packs()
     statistics = plan.statistics().sources["captions"]
     assert statistics.dropped["unusable"] == 40
@@ -185,36 +208,40 @@ def test_what_fits_no_pack_is_dropped_and_counted(tmp_path):
 
 
 def test_truncation_cuts_text_but_never_media(tmp_path):
-    pages = source()
+    pages = rows_of(source())
+    assert pages.media_end is not None
     tokens, media_end = pages.tokens.copy(), pages.media_end.copy()
     tokens[:30] = 700
     media_end[:10], media_end[10:20], media_end[20:30] = 511, 512, 650
     options = PackingOptions(**(vars(OPTIONS) | {"too_long": "truncate"}))
-    plan = Plan.open(tmp_path, [source(tokens=tokens, media_end=media_end)], options, seed=0, epochs=1)
+    columns: dict[str, np.ndarray | None] = {"tokens": tokens, "media_end": media_end}
+    plan = Plan.open(tmp_path, [source(columns=columns)], options, seed=0, epochs=1)
     cut = []
     for number in range(plan.total_packs() or 0):
         pack = plan.pack(number)
-        assert (pack.truncated == (pack.length < tokens[pack.row, 0])).all()
-        cut.extend(pack.row[pack.truncated].tolist())
+        rows = numbers(plan, pack)
+        assert (pack.truncated == (pack.length < tokens[rows, 0])).all()
+        cut.extend(rows[pack.truncated].tolist())
         assert (pack.length[pack.truncated] == 512).all()
     assert sorted(cut) == list(range(10))
     statistics = plan.statistics().sources["captions"]
     assert (statistics.truncated, statistics.dropped["too long"]) == (10, 20)
     with pytest.raises(ValueError, match="truncate needs media_end"):
-        Plan.open(tmp_path / "blind", [source(media_end=None)], options, seed=0)
+        Plan.open(tmp_path / "blind", [source(columns={"media_end": None})], options, seed=0)
 
 
 def test_choices_are_drawn_by_their_probabilities_among_those_that_a_row_has(tmp_path):
     rows = 9000
     tokens = np.tile(np.array([[10, 20, 30]], np.int32), (rows, 1))
     tokens[:1000, 0] = 0
-    choices = source(rows=rows, tokens=tokens, choice_probabilities=np.array([0.6, 0.3, 0.1]), media_end=None)
+    columns: dict[str, np.ndarray | None] = {"tokens": tokens, "media_end": None}
+    choices = source(rows=rows, columns=columns, choice_probabilities=np.array([0.6, 0.3, 0.1]))
     plan = Plan.open(tmp_path, [choices], OPTIONS, seed=0, epochs=1)
     drawn = np.full(rows, -1)
     for number in range(plan.total_packs() or 0):
         pack = plan.pack(number)
-        drawn[pack.row] = pack.choice
-        assert (pack.length == tokens[pack.row, pack.choice]).all()
+        drawn[numbers(plan, pack)] = pack.choice
+        assert (pack.length == tokens[numbers(plan, pack), pack.choice]).all()
     without, full = (np.bincount(part, minlength=3) / len(part) for part in (drawn[:1000], drawn[1000:]))
     np.testing.assert_allclose(full, [0.6, 0.3, 0.1], atol=0.02)
     np.testing.assert_allclose(without, [0, 0.75, 0.25], atol=0.05)
@@ -294,7 +321,7 @@ def test_sources_without_usable_rows_are_refused_with_the_reasons(tmp_path):
     tokens = np.full((900, 1), 600, np.int32)
     tokens[:100] = 0
     with pytest.raises(ValueError, match="captions: none of its 900 rows can be used: 100 unusable, 800 too long"):
-        Plan.open(tmp_path, [source(tokens=tokens)], OPTIONS, seed=0)
+        Plan.open(tmp_path, [source(columns={"tokens": tokens})], OPTIONS, seed=0)
 
 
 def test_sources_and_options_that_do_not_go_together_are_refused(tmp_path):
@@ -307,7 +334,7 @@ def test_sources_and_options_that_do_not_go_together_are_refused(tmp_path):
     with pytest.raises(ValueError, match="choice probabilities"):
         source(choice_probabilities=np.array([0.4]))
     with pytest.raises(ValueError, match=r"counts is for \(3, 3\)"):
-        source(counts=np.zeros((3, 3), np.int16))
+        source(columns={"counts": np.zeros((3, 3), np.int16)})
     with pytest.raises(ValueError, match="one of drop, truncate"):
         PackingOptions(too_long="split")
     with pytest.raises(ValueError, match=r"one of packing\.batch and packing\.batch_tokens"):
@@ -321,45 +348,90 @@ def test_every_preset_plans(preset, tmp_path):
     assert Plan.open(tmp_path, [part], options, seed=0, epochs=1).total_steps()
 
 
+def test_a_pack_knows_what_it_costs(tmp_path):
+    plan = Plan.open(tmp_path, [source()], OPTIONS, seed=0, flops=lambda lengths: lengths.astype(float) ** 2)
+    plan.ensure(40)
+    rows = rows_of(source())
+    assert rows.media_flops is not None
+    assert rows.media_tokens is not None
+    for number in range(40):
+        pack = plan.pack(number)
+        mine = numbers(plan, pack)
+        expected = rows.media_flops[mine].sum(), (pack.length.astype(float) ** 2).sum()
+        assert plan.costs([number, -1]).tolist() == [list(expected), [0.0, 0.0]]
+        assert plan.media_tokens(number).tolist() == rows.media_tokens[mine].sum(axis=0).tolist()
+
+
+def test_eight_packs_in_a_row_cost_alike(tmp_path):
+    options = PackingOptions(**(vars(OPTIONS) | {"window": 256}))
+    spreads = {}
+    for alike in (1, 8):
+        plan = Plan.open(tmp_path / str(alike), [source(rows=9000)], replace(options, alike=alike), seed=0)
+        plan.ensure(400)
+        costs = plan.costs(range(400)).reshape(50, 8, 2)[:, :, 0]
+        spreads[alike] = np.median(np.ptp(costs, axis=1))
+    assert spreads[8] < spreads[1] / 4
+
+
+def test_another_model_is_another_plan(tmp_path):
+    Plan.open(tmp_path, [source()], OPTIONS, seed=0, about={"tokens of a picture": 16})
+    with pytest.raises(PlanChanged, match="tokens of a picture: 16 → 32"):
+        Plan.open(tmp_path, [source()], OPTIONS, seed=0, about={"tokens of a picture": 32})
+
+
+def test_a_stage_with_other_blocks_passes_over_the_rest_of_a_block_that_was_begun(tmp_path):
+    first = Plan.open(tmp_path / "first", [source(rows=9000)], OPTIONS, seed=0, epochs=1)
+    first.ensure(64)
+    start = {name: read.cursor for name, read in first.read_to(first.planned).items()}
+    assert start["captions"].row > 0
+    second = Plan.open(tmp_path / "second", [source(rows=9000)], replace(OPTIONS, shuffle_shards=2), 0, 1, start)
+    second.total_packs()
+    assert not set(seen(first)) & set(seen(second))
+    assert len(seen(second)) == 9000 - 3000  # of 9 shards, the 3 of the first block
+
+
 def test_statistics_add_up(tmp_path):
     parts = [source(), source("pages", 300, shards=3, seed=1)]
     plan = Plan.open(tmp_path, parts, OPTIONS, seed=0, epochs=1)
     packs = plan.total_packs()
     statistics = plan.statistics()
     lengths = np.concatenate([plan.pack(number).length for number in range(packs or 0)])
-    assert statistics.tokens == lengths.sum() == sum(part.tokens.sum() for part in parts)
+    assert statistics.tokens == lengths.sum() == sum(rows_of(part).tokens.sum() for part in parts)
     assert statistics.samples == len(lengths) == 1200
     assert statistics.fill == pytest.approx(lengths.sum() / (packs * 512))
-    images = sum(int(part.counts[:, 0].sum()) for part in parts)
+    images = sum(int(rows_of(part).counts[:, 0].sum()) for part in parts)
     assert statistics.lower_bound == pytest.approx(max(lengths.sum() / 512, images / 8))
+    media = rows_of(parts[1]).media_tokens
+    assert media is not None
     assert sum(part.items["image"] for part in statistics.sources.values()) == images
-    assert statistics.sources["pages"].media_tokens["image"] == parts[1].media_tokens[:, 0].sum()
+    assert statistics.sources["pages"].media_tokens["image"] == media.sum()
 
 
 def test_a_sample_that_fits_badly_waits_for_one_window_at_most(tmp_path):
     # Nothing complements 300 of 512 tokens: those packs are always the least full.
     tokens = np.full((900, 1), 256, np.int32)
     tokens[::50] = 300
-    awkward = source(tokens=tokens, counts=np.zeros((900, 3), np.int16))
+    awkward = source(columns={"tokens": tokens, "counts": np.zeros((900, 3), np.int16)})
     plan = Plan.open(tmp_path, [awkward], OPTIONS, seed=0, epochs=1)
     plan.total_packs()
     for path in sorted(tmp_path.glob("*.npz"))[1:]:
         with np.load(path) as window:
-            assert not window["rows"]["carried"][np.isin(window["rows"]["row"], window["carried"]["row"])].any()
+            waited = set(window["rows"][window["rows"]["carried"]][["shard", "row"]].tolist())
+            assert not waited & set(window["carried"][["shard", "row"]].tolist())
     assert len(seen(plan)) == 900
 
 
 def test_a_next_stage_goes_on_with_unseen_rows(tmp_path):
     first = Plan.open(tmp_path / "first", [source(rows=9000)], OPTIONS, seed=0, epochs=1)
     first.ensure(64)
-    start = first.cursors(first.planned)
+    start = {name: read.cursor for name, read in first.read_to(first.planned).items()}
     options = PackingOptions(**(vars(OPTIONS) | {"capacity": 1024}))
     second = Plan.open(tmp_path / "second", [source(rows=9000)], options, seed=0, epochs=1, start=start)
     second.total_packs()
     assert not set(seen(first)) & set(seen(second))
-    assert len(seen(second)) == 9000 - start["captions"]
+    assert len(seen(second)) == 9000 - 1000 * start["captions"].shard - start["captions"].row
     with pytest.raises(ValueError, match="start names other"):
-        Plan.open(tmp_path / "third", [source()], OPTIONS, seed=0, start={"other": 3})
+        Plan.open(tmp_path / "third", [source()], OPTIONS, seed=0, start={"other": Cursor()})
 
 
 def test_an_endless_plan_has_no_total(tmp_path):

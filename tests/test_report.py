@@ -156,13 +156,15 @@ def check_page(page: str) -> None:
 
 
 def test_the_page_of_a_step_is_whole_and_shows_every_media_item_of_its_packs(data: PlannedData) -> None:
-    page = inspect_page(data, 0, packs_shown=4)
+    media = [sum(data.plan.media_tokens(pack) for pack in data.plan.batch(step)) for step in range(8)]
+    step = next(step for step, tokens in enumerate(media) if np.all(tokens))
+    page = inspect_page(data, step, packs_shown=4)
     check_page(page)
-    views = [view_pack(data, number) for number in data.plan.batch(0)]
+    views = [view_pack(data, number) for number in data.plan.batch(step)]
     items = [span for view in views for span in view.spans if span.modality != "text"]
     assert {item.modality for item in items} == {"image", "speech", "point"}
     assert page.count('src="data:image/') == len(items)
-    total = sum(len(data.plan.pack(number).row) for number in data.plan.batch(0))
+    total = sum(len(data.plan.pack(number).row) for number in data.plan.batch(step))
     assert f"4 packs · {total} documents" in text_of(page)
 
 
@@ -170,8 +172,8 @@ def test_a_view_counts_the_tokens_that_the_model_gets(data: PlannedData) -> None
     for number in data.plan.batch(1):
         view, rows = view_pack(data, number), data.plan.pack(number)
         documents = [
-            data.blueprint.processor.document(data.indexes[source].sample(row, choice))
-            for source, row, choice in zip(rows.source.tolist(), rows.row.tolist(), rows.choice.tolist(), strict=True)
+            data.blueprint.processor.document(data.samples[one.source].sample(one.shard, one.row, one.choice))
+            for one in rows.samples()
         ]
         modality = np.concatenate([document.modality for document in documents])
         weights = np.concatenate([document.weights for document in documents])
@@ -187,7 +189,7 @@ def test_a_view_counts_the_tokens_that_the_model_gets(data: PlannedData) -> None
 def test_the_text_spans_of_a_document_are_its_text(data: PlannedData) -> None:
     tokenizer = data.blueprint.processor.text
     for source in range(len(SOURCES)):
-        sample = data.indexes[source].sample(0, 0)
+        sample = data.samples[source].sample(0, 0)
         document = data.blueprint.processor.document(sample)
         view = view_document("one", sample, data.blueprint.processor)
         shown = "".join(span.text for span in view.spans if span.modality == "text")
@@ -195,7 +197,7 @@ def test_the_text_spans_of_a_document_are_its_text(data: PlannedData) -> None:
 
 
 def test_a_chat_is_shown_in_turns_and_only_the_assistant_bears_loss(data: PlannedData) -> None:
-    sample = data.indexes[SOURCES.index("chats")].sample(1, 0)
+    sample = data.samples[SOURCES.index("chats")].sample(0, 1)
     view = view_document("a chat", sample, data.blueprint.processor)
     assert [turn.role for turn in view.turns] == ["user", "assistant"]
     asked, answered = ([span for span in turn.spans if not span.scaffold] for turn in view.turns)

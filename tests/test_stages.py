@@ -13,14 +13,15 @@ from torch.distributed.checkpoint import load as load_checkpoint
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from mm.configure import RecipeError
-from mm.packing.plan import PlanChanged
+from mm.packing.plan import Cursor, PlanChanged
 from mm.train import checkpoint
+from mm.train.checkpoint import Finished
 from mm.train.export import load_trained
 from mm.train.loop import RunError
 from mm.train.preview import planned_at, preview
 from mm.train.reading import Reader
 from mm.train.recipe import Recipe
-from mm.train.stages import open_stages
+from mm.train.stages import open_stages, read_to
 from tests.small_world import fork_run, losses, seen, train_here, train_together, write_recipe, write_source
 
 pytestmark = pytest.mark.timeout(600)
@@ -68,7 +69,7 @@ def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
 def test_the_steps_of_a_run_count_on_over_its_stages(whole: Path) -> None:
     assert list(losses(whole)) == [1, 2, 3, 4, 5, 6]
     position = checkpoint.read_position(checkpoint.find(whole))
-    assert (position.step, position.packs, position.finished) == (6, 6, (3,))
+    assert (position.step, position.packs, position.finished) == (6, 6, ((3, 6),))
     assert position.tokens > checkpoint.read_position(whole / "checkpoints" / "step-00000003").tokens > 0
 
 
@@ -87,12 +88,16 @@ def test_a_stage_starts_where_the_one_before_has_read_to(staged: Path, tmp_path:
     first, second = open_stages(Recipe.load(staged), tmp_path)
     rows: Counter[tuple[int, int, int]] = Counter()
     for stage in (first, second):
+        stage.data.plan.ensure(stage.packs_at(stage.end))
         for pack in range(stage.packs_at(stage.end)):
-            samples = stage.data.plan.pack(pack)
-            rows.update(zip(samples.source.tolist(), samples.row.tolist(), samples.epoch.tolist(), strict=True))
+            rows.update((one.source, one.shard, one.row, one.epoch) for one in stage.data.plan.pack(pack).samples())
     assert set(rows.values()) == {1}
-    assert second.position.began == first.cursors(6)
-    assert all(cursor > 0 for cursor, _ in second.position.began.values())
+    assert first.data.plan.folder.name == "plan"
+    read = first.data.plan.read_to(6)
+    assert all(cursor > Cursor() for cursor, *_ in read.values())
+    assert {name: one.cursor for name, one in second.data.plan.read_to(0).items()} == {
+        name: one.cursor for name, one in read.items()
+    }
 
 
 @pytest.mark.parametrize("step", [2, 3, 4])
@@ -125,9 +130,9 @@ def test_a_run_may_be_forked_into_a_stage_with_another_source_and_then_sees_only
         train_here(staged, f"stages=[{added}]", run, "stages.0.steps=5")
     train_here(staged, f"stages=[{{steps: 3, packing: {{window: 2}}}}, {added}]", run)
     position = checkpoint.read_position(checkpoint.find(tmp_path / "run"))
-    assert (position.step, position.finished) == (5, (3,))
-    assert set(position.began) == {"pairs", "text"}
-    assert set(position.sources) == {"pairs", "text", "points"}
+    assert (position.step, position.finished) == (5, ((3, 6),))
+    read = read_to(tmp_path / "run", (*position.finished, Finished(position.step, position.packs)))
+    assert set(read) == {"pairs", "text", "points"}
 
 
 def test_data_that_changed_is_refused_in_a_stage_and_welcome_in_the_next(
@@ -143,7 +148,7 @@ def test_data_that_changed_is_refused_in_a_stage_and_welcome_in_the_next(
         train_here(recipe, "stages=[{steps: 3}]")
     run = train_here(recipe, "stages=[{steps: 2}, {steps: 1}]")
     assert list(losses(run)) == [1, 2, 3]
-    assert "text has 22 rows and had 24 in the stage before" in caplog.text
+    assert "text has 22 rows and had 24 rows in the stage before" in caplog.text
 
 
 def test_an_export_holds_the_recipe_of_the_stage_that_it_ended_in(whole: Path) -> None:

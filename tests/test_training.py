@@ -20,11 +20,12 @@ from mm.packing.plan import PlanChanged
 from mm.sample import Modality
 from mm.train import checkpoint
 from mm.train.checkpoint import Position
-from mm.train.dataset import Blueprint, PlannedData, open_data
+from mm.train.dataset import PlannedData, open_data
 from mm.train.loop import RunError, load_batches
 from mm.train.parallel import World, join_world, parallelise, resolve_precision
 from mm.train.reading import Reader
 from mm.train.recipe import Recipe
+from mm.train.sources import Blueprint
 from tests.conftest import Runs
 from tests.small_world import DECODER, ENCODERS, losses, tiny_model, train_here, write_recipe, write_source
 
@@ -34,7 +35,7 @@ CPU = torch.device("cpu")
 
 
 def planned(recipe: Recipe, folder: Path) -> PlannedData:
-    data = open_data(recipe, Blueprint.of(recipe), recipe.data.sources, folder, epochs=recipe.epochs, progress=False)
+    data = open_data(recipe, Blueprint.of(recipe), recipe.data.sources, folder, epochs=recipe.epochs)
     data.plan.ensure((recipe.steps or 1) * recipe.packing.packs_per_batch)
     return data
 
@@ -143,12 +144,13 @@ def test_the_validation_loss_is_the_mean_over_held_out_labels(runs: Runs, corpus
     model = tiny_model()
     checkpoint.load_weights(checkpoint.find(runs.one), model)
     held_out = open_data(recipe, Blueprint.of(recipe), recipe.data.validation, runs.one / "validation", epochs=1.0)
-    (index,), processor = held_out.indexes, held_out.blueprint.processor
+    index, processor = held_out.sources[0].index, held_out.blueprint.processor
+    assert index is not None
     total = weight = 0.0
     with torch.no_grad():
         for row in range(index.rows):
             document = processor.document(index.sample(row, 0))
-            batch = processor.collate([[document]], [[(0, row)]])
+            batch = processor.collate([[document]], [[(0, 0, row)]])
             total, weight = total + float(model.eval()(batch).total), weight + float(batch.weights.sum())
     assert reported[200] == pytest.approx(total / weight, rel=1e-5)
 
@@ -251,20 +253,26 @@ def test_a_broken_picture_becomes_padding_without_loss(half_broken: tuple[Path, 
         batch = dataset[MicroStep(0, (number,))]
         pack = data.plan.pack(number)
         assert batch.offsets.diff().tolist() == pack.length.tolist()
-        sound = [row for row in pack.row.tolist() if row not in BROKEN]
-        documents = [processor.document(data.indexes[0].sample(row, 0)) for row in sound]
-        without = processor.collate([documents], [[(0, row) for row in sound]])
+        sound = [one for one in pack.samples() if 12 * one.shard + one.row not in BROKEN]
+        documents = [processor.document(data.samples[0].sample(one.shard, one.row)) for one in sound]
+        without = processor.collate([documents], [[one[:3] for one in sound]])
         with torch.no_grad():
             assert float(model(batch).total) == pytest.approx(float(model(without).total), rel=1e-10)
         seen += batch.broken
-    assert sorted(name for name, _ in seen) == ["pairs, row 17 (000017)", "pairs, row 3 (000003)"]
+    assert sorted(name for name, _ in seen) == [
+        "pairs, pairs-0.tar, row 3 (000003)",
+        "pairs, pairs-1.tar, row 5 (000017)",
+    ]
 
 
 def test_a_run_goes_on_over_broken_pictures_and_lists_them(half_broken: tuple[Path, PlannedData]) -> None:
     run = train_here(half_broken[0])
     events = [json.loads(line)["event"] for line in (run / "ledger.jsonl").read_text().splitlines()]
     assert len(events) == 2
-    assert {event.split(":")[0] for event in events} == {"pairs, row 3 (000003)", "pairs, row 17 (000017)"}
+    assert {event.split(":")[0] for event in events} == {
+        "pairs, pairs-0.tar, row 3 (000003)",
+        "pairs, pairs-1.tar, row 5 (000017)",
+    }
     assert all(math.isfinite(loss) for loss in losses(run).values())
 
 

@@ -58,7 +58,8 @@ def compute(
     Raises:
         ShardChanged: a shard is not the one that was indexed.
     """
-    return _run(index, name, fingerprint, functools.partial(_first, function), type, processes, progress)
+    _run(index, name, fingerprint, functools.partial(_first, function), type, processes, progress)
+    return load(index, name, fingerprint)
 
 
 def compute_choices(
@@ -67,7 +68,7 @@ def compute_choices(
     fingerprint: str,
     function: Callable[[Sample], Any],
     type: pa.DataType,
-    processes: int = 0,
+    processes: int | None = 0,
     progress: bool = True,
 ) -> pa.ChunkedArray:
     """The list column of ``function(sample)`` under each choice of the card, such as lengths in tokens; see `compute`.
@@ -75,8 +76,22 @@ def compute_choices(
     Args:
         type: of the values in the lists.
     """
+    ensure_choices(index, name, fingerprint, function, type, processes, progress)
+    return load(index, name, fingerprint)
+
+
+def ensure_choices(
+    index: Index,
+    name: str,
+    fingerprint: str,
+    function: Callable[[Sample], Any],
+    type: pa.DataType,
+    processes: int | None = 0,
+    progress: bool = True,
+) -> None:
+    """Computes what is missing of the column of `compute_choices` and loads none of it."""
     values = functools.partial(_every, function, len(index.card.choices))
-    return _run(index, name, fingerprint, values, pa.list_(type), processes, progress)
+    _run(index, name, fingerprint, values, pa.list_(type), processes, progress)
 
 
 def load(index: Index, name: str, fingerprint: str) -> pa.ChunkedArray:
@@ -142,15 +157,14 @@ def _run(
     fingerprint: str,
     values: Callable[[Callable[[int], Sample]], Any],
     type: pa.DataType,
-    processes: int,
+    processes: int | None,
     progress: bool,
-) -> pa.ChunkedArray:
+) -> None:
     folder = column_folder(index, name, fingerprint)
     folder.mkdir(parents=True, exist_ok=True)
     work = _Pass(index.card, index.folder, folder, name, fingerprint, values, type)
     missing = [entry for entry in index.shards if _problem(entry, folder / entry.file)]
     each_shard(work, missing, processes, f"computing {name}", progress)
-    return load(index, name, fingerprint)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,15 @@ def dropped_rows(index: Index) -> np.ndarray:
                 options = pc.SetLookupOptions(pa.array(keys, pa.string()))
                 dropped[start:stop] = np.asarray(pc.call_function("is_in", [of_shard], options))
     return dropped
+
+
+def drops_identity(card: Card, split: str) -> str | None:
+    """How many samples of a split are written down to be left out, and which: a fingerprint. None if none is."""
+    keys_of = _read(drops_file(card)).get(split)
+    if not keys_of:
+        return None
+    written = json.dumps(keys_of, sort_keys=True).encode()
+    return f"{sum(map(len, keys_of.values()))} samples ({blake2b(written, digest_size=4).hexdigest()})"
 
 
 def _row(index: Index, sample: str) -> int:

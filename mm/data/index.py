@@ -31,7 +31,7 @@ from filelock import FileLock
 from mm.data.cache import fetch_ahead
 from mm.data.card import Card
 from mm.data.passes import each_shard, read_stamp, write_table
-from mm.data.shards import Place, Scanned, Shard, ShardFingerprint, ShardStat, is_remote
+from mm.data.shards import Place, Scanned, Shard, ShardChanged, ShardFingerprint, ShardStat, is_remote
 from mm.media import BrokenMedia, Facts, ImageFacts, PointFacts, SpeechFacts, facts
 from mm.sample import BrokenSample, Modality, Sample, Text
 
@@ -78,6 +78,11 @@ class ShardIndex:
         """Identity of the rows: equal stamps mean the same samples in the same order. What columns are stamped with."""
         return _digest([INDEX_VERSION, self.fingerprint, self.mapping])
 
+    @property
+    def number(self) -> int:
+        """A number of 32 bits for the stamp, not 0."""
+        return int(self.stamp[:8], 16) or 1
+
 
 class Index:
     """All samples of a split, in the order of the card's shards and of the records in them.
@@ -92,7 +97,7 @@ class Index:
         self.folder = folder
         self.shards = tuple(shards)
         self.starts = np.concatenate([[0], np.cumsum([shard.rows for shard in self.shards])]).astype(np.int64)
-        self._reader = _Reader()
+        self._reader = _Reader(card, folder)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Index, (self.card, self.split, self.folder, self.shards)
@@ -174,9 +179,7 @@ class Index:
         if not 0 <= row < self.rows:
             raise IndexError(f"row {row} of {self.rows}")
         number = int(np.searchsorted(self.starts, row, side="right")) - 1
-        shard, places = self._reader.get(self, number)
-        first, second = places[row - self.starts[number]].tolist()
-        return self.card.sample(shard.read((first, second)), choice)
+        return self._reader.sample(self.shards[number], int(row - self.starts[number]), choice)
 
     def summary(self, most: int = 5) -> str:
         """Rows and errors in a few lines, the most frequent reasons first."""
@@ -226,45 +229,103 @@ def _flat(table: pa.Table, column: str) -> pa.Array:
 class _Reader:
     """The shards that this process has open. A forked child starts with none: connections do not survive a fork."""
 
-    def __init__(self) -> None:
+    def __init__(self, card: Card, folder: Path) -> None:
+        self.card, self.folder = card, folder
         self._process = os.getpid()
-        self._open: OrderedDict[int, tuple[Shard, np.ndarray]] = OrderedDict()
+        self._open: OrderedDict[str, tuple[Shard, np.ndarray]] = OrderedDict()
 
-    def get(self, index: Index, number: int) -> tuple[Shard, np.ndarray]:
-        """A shard of the index, and the (rows, 2) places of its samples."""
+    def sample(self, entry: ShardIndex, row: int, choice: int) -> Sample:
+        """The sample of a row of a shard."""
+        shard, places = self._get(entry)
+        first, second = places[row].tolist()
+        return self.card.sample(shard.read((first, second)), choice)
+
+    def _get(self, entry: ShardIndex) -> tuple[Shard, np.ndarray]:
+        """A shard, and the (rows, 2) places of its samples."""
         if self._process != os.getpid():
             self._process, self._open = os.getpid(), OrderedDict()
-        if number in self._open:
-            self._open.move_to_end(number)
-            return self._open[number]
-        entry = index.shards[number]
-        self._open[number] = index.card.open(entry.shard, entry.stat), shard_places(index.folder, entry)
+        if entry.file in self._open:
+            self._open.move_to_end(entry.file)
+            return self._open[entry.file]
+        self._open[entry.file] = self.card.open(entry.shard, entry.stat), shard_places(self.folder, entry)
         if len(self._open) > OPEN_SHARDS:
             _, (oldest, _) = self._open.popitem(last=False)
             oldest.close()
-        return self._open[number]
+        return self._open[entry.file]
 
 
-def fetch_rows_ahead(indexes: Sequence[Index], source: np.ndarray, row: np.ndarray) -> None:
+class SplitSamples:
+    """The samples of a split by shard and row in it, whatever is indexed of it by now.
+
+    A shard that is not is indexed when a row of it is asked for. Pickles small, for loader workers.
+    """
+
+    def __init__(self, card: Card, split: str, folder: Path, shards: Sequence[str], index: Index | None = None) -> None:
+        """`index`: of all the shards, where they are indexed."""
+        self.card = card
+        self.split = split
+        self.folder = folder
+        self.shards: Sequence[str] = tuple(shards)
+        self._entries = dict(enumerate(index.shards)) if index is not None else {}
+        self._reader = _Reader(card, folder)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SplitSamples, (self.card, self.split, self.folder, self.shards)
+
+    def entry(self, shard: int) -> ShardIndex:
+        """What is known of a shard, which is indexed if nothing is."""
+        if shard not in self._entries:
+            known = _load_entry(_file(self.card, self.folder, self.shards[shard]))
+            self._entries[shard] = known or self.index([shard]).shards[0]
+        return self._entries[shard]
+
+    @property
+    def known(self) -> list[ShardIndex]:
+        """What is known of the shards that were asked for."""
+        return list(self._entries.values())
+
+    def index(self, shards: Sequence[int]) -> Index:
+        """The index of some of the shards, in this order; what is missing or out of date is built."""
+        if any(shard not in self._entries for shard in shards):
+            paths = [self.shards[shard] for shard in shards]
+            built = index_shards(self.card, self.split, paths, self.folder, processes=None, progress=False)
+            self._entries |= dict(zip(shards, built.shards, strict=True))
+        return Index(self.card, self.split, self.folder, [self._entries[shard] for shard in shards])
+
+    def sample(self, shard: int, row: int, choice: int = 0, stamp: int = 0) -> Sample:
+        """Reads a sample under one of the card's choices.
+
+        Args:
+            stamp: `ShardIndex.number` that the shard had when somebody planned to read this row; 0: whatever it has.
+
+        Raises:
+            ShardChanged: the shard is not the one that was indexed, or was indexed anew since the row was planned.
+            OSError: the disk or the network failed.
+        """
+        entry = self.entry(shard)
+        if stamp and entry.number != stamp:
+            raise ShardChanged(
+                f"{entry.shard} was replaced, or its card changed, and it was indexed anew since this sample was "
+                "planned: its rows may be others. Restore it, or end the stage and add one (docs/stages.md)"
+            )
+        return self._reader.sample(entry, row, choice)
+
+
+def fetch_rows_ahead(sources: Sequence[SplitSamples], source: np.ndarray, shard: np.ndarray) -> None:
     """Fetches the remote shards of rows that come next into their cache, in the background and in that order.
 
     Args:
-        source: (k,) which of the indexes each row is of.
-        row: (k,) its number there.
+        source: (k,) which of the sources each row is of.
+        shard: (k,) the number of its shard there.
     """
-    coming: list[tuple[int, str, ShardStat]] = []
-    for number, index in enumerate(indexes):
-        if index.card.cache is None:
-            continue
-        (positions,) = np.nonzero(source == number)
-        shards = np.searchsorted(index.starts, row[positions], side="right") - 1
-        for shard, first in zip(*np.unique(shards, return_index=True), strict=True):
-            entry = index.shards[shard]
-            if is_remote(entry.shard):
-                coming.append((int(positions[first]), entry.shard, entry.stat))
+    coming: list[tuple[str, ShardStat]] = []
+    pairs, first = np.unique(np.stack([source, shard]), axis=1, return_index=True)
+    for number, of_source in pairs[:, np.argsort(first)].T.tolist():
+        if sources[number].card.cache is not None and is_remote(sources[number].shards[of_source]):
+            entry = sources[number].entry(of_source)
+            coming.append((entry.shard, entry.stat))
     if coming:
-        cache = next(index.card.cache for index in indexes if index.card.cache is not None)
-        fetch_ahead(cache, [(path, stat) for _, path, stat in sorted(coming)])
+        fetch_ahead(next(one.card.cache for one in sources if one.card.cache is not None), coming)
 
 
 def shard_places(folder: Path, entry: ShardIndex) -> np.ndarray:
@@ -283,24 +344,35 @@ def _errors(folder: Path, entry: ShardIndex) -> pa.Table:
 # ----------------------------------------------------------------------------------------------------------- building
 
 
-def index_card(card: Card, split: str, folder: str | Path, processes: int = 0, progress: bool = True) -> Index:
-    """The index of a split; builds what is missing or out of date, see `index_shards`."""
-    return index_shards(card, split, card.shards(split), folder, processes, progress)
+def index_card(card: Card, split: str, folder: str | Path, processes: int | None = 0, progress: bool = True) -> Index:
+    """The index of a split; builds what is missing or out of date, see `index_shards`.
+
+    Raises:
+        IndexingError: nothing in the shards could be used.
+    """
+    index = index_shards(card, split, card.shards(split), folder, processes, progress)
+    if not index.rows:
+        raise IndexingError(f"{card.path}: no usable sample in split {split!r}\n{index.summary()}")
+    return index
 
 
 def index_shards(
-    card: Card, split: str, shards: Sequence[str], folder: str | Path, processes: int = 0, progress: bool = True
+    card: Card,
+    split: str,
+    shards: Sequence[str],
+    folder: str | Path,
+    processes: int | None = 0,
+    progress: bool = True,
 ) -> Index:
     """The index of some shards of a split, such as those of one window.
 
     Args:
         folder: where the files of the index are and will be.
-        processes: how many work in parallel; 0 works in this one. They are spawned, so a script needs its
-            ``if __name__ == "__main__":``.
+        processes: how many work in parallel; 0 works in this one; None decides when it sees how long a shard takes.
+            They are spawned, so a script needs its ``if __name__ == "__main__":``.
         progress: show a bar once it takes more than a second.
 
     Raises:
-        IndexingError: nothing in the shards could be used.
         PassError: a process was killed.
         FileNotFoundError: a shard is not there.
     """
@@ -314,8 +386,6 @@ def index_shards(
     index = Index(card, split, folder, [entry for entry in entries.values() if entry is not None])
     if any(entry.errors or entry.dropped for entry in index.shards):
         logger.warning("%s", index.summary())
-    if not index.rows:
-        raise IndexingError(f"{card.path}: no usable sample in split {split!r}\n{index.summary()}")
     return index
 
 

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -25,13 +33,28 @@ class PassError(RuntimeError):
     """A pass over shards that could not be finished. What was finished is kept."""
 
 
-def each_shard(work: Callable[[S], T], shards: Sequence[S], processes: int, label: str, progress: bool) -> dict[S, T]:
+WORTH_IT = 20.0
+"""Seconds of work in one process from which on starting several (some seconds each) pays."""
+MOST = 16
+
+
+def each_shard(
+    work: Callable[[S], T], shards: Sequence[S], processes: int | None, label: str, progress: bool
+) -> dict[S, T]:
     """Results of `work` for every shard, in parallel processes, with a bar once it takes more than a second.
+
+    Args:
+        processes: 0 for this one only; None: as many as there are cores if the first shard says that it is long work.
 
     Raises:
         PassError: a process was killed.
     """
-    if processes == 0 or len(shards) < 2:
+    if processes is None and shards:
+        begun = time.monotonic()
+        first = {shards[0]: work(shards[0])}
+        is_long = (time.monotonic() - begun) * (len(shards) - 1) > WORTH_IT
+        return first | each_shard(work, shards[1:], min(os.cpu_count() or 1, MOST) if is_long else 0, label, progress)
+    if not processes or len(shards) < 2:
         results = ((shard, work(shard)) for shard in shards)
         return dict(_with_bar(results, len(shards), label) if progress else results)
     spawn = multiprocessing.get_context("spawn")  # forking a process with threads, as torch has, may deadlock
@@ -47,17 +70,30 @@ def each_shard(work: Callable[[S], T], shards: Sequence[S], processes: int, labe
 
 
 def _with_bar(results: Iterator[T], total: int, label: str) -> Iterator[T]:
-    started = time.monotonic()
-    with ExitStack() as stack:
-        bar, task = None, None
+    with bar(label, total) as show:
         for done, result in enumerate(results, 1):
-            if bar is None and time.monotonic() - started > 1:
-                columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-                bar = stack.enter_context(Progress(*columns, console=Console(stderr=True)))
-                task = bar.add_task(label, total=total)
-            if bar is not None and task is not None:
-                bar.update(task, completed=done)
+            show(done)
             yield result
+
+
+@contextmanager
+def bar(label: str, total: float, wanted: bool = True) -> Iterator[Callable[[float], None]]:
+    """A function that shows how much of `total` is done, once it takes more than a second and if that is wanted."""
+    started = time.monotonic()
+    shown: Progress | None = None
+
+    def show(done: float) -> None:
+        nonlocal shown
+        if shown is None and wanted and time.monotonic() - started > 1:
+            numbers = MofNCompleteColumn() if total > 1 else TaskProgressColumn()
+            columns = (TextColumn(label), BarColumn(), numbers, TimeRemainingColumn())
+            shown = stack.enter_context(Progress(*columns, console=Console(stderr=True)))
+            shown.add_task(label, total=total)
+        if shown is not None:
+            shown.update(shown.task_ids[0], completed=min(done, total))
+
+    with ExitStack() as stack:
+        yield show
 
 
 def write_table(table: pa.Table, file: Path, key: bytes, stamp: Any) -> None:

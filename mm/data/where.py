@@ -57,8 +57,11 @@ class Selection:
     columns: dict[str, str]
 
 
-def select(index: Index, expression: str) -> Selection:
+def select(index: Index, expression: str, *, part: bool = False) -> Selection:
     """The rows of an index that an expression selects.
+
+    Args:
+        part: the index is of some shards of a split, where no row may be selected.
 
     Raises:
         WhereError: the expression uses more than is allowed, names something unknown, compares a number with a text, or
@@ -75,13 +78,18 @@ def select(index: Index, expression: str) -> Selection:
         raise WhereError(f"where: {expression!r} names no column, so it says the same of every row")
     missing = np.asarray(found.is_null())
     selected = np.asarray(found.fill_null(False))
-    if not selected.any():
+    if not selected.any() and not part:
         ranges = "; ".join(_described(name, values) for name, values in evaluation.used.items())
         raise WhereError(
             f"where: {expression!r} selects none of the {index.rows} rows of {index.card.name}/{index.split}, "
             f"{missing.sum()} of them because a value is missing; {ranges}"
         )
     return Selection(selected, missing, ast.unparse(tree), evaluation.fingerprints)
+
+
+def normal_form(expression: str) -> str:
+    """An expression in one spelling, however it was spaced; raises as `parse`."""
+    return ast.unparse(parse(expression))
 
 
 def parse(expression: str) -> ast.expr:

@@ -63,7 +63,7 @@ class ModelAnswerer:
         text = self.processor.text
         beginning = [Piece(text.begin or (text.end,), loss=False)]  # of a document that has nothing before its words
         documents = [self.processor.assemble(text.render_prompt(parts) if parts else beginning) for parts in prefixes]
-        batch = self.processor.collate([documents], [[(0, 0)] * len(documents)]).to(self.device)
+        batch = self.processor.collate([documents], [[(0, 0, 0)] * len(documents)]).to(self.device)
         return list(self.model.embed(batch).split(batch.offsets.diff().tolist()))
 
     def _option(self, prefix: tuple[Part, ...], option: str) -> list[int]:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -216,12 +217,17 @@ class Decoder(nn.Module):
         return list(self.layers)
 
     def flops(self, lengths: Sequence[int]) -> float:
-        """Forward FLOPs of documents of these lengths through blocks and norms, without the head.
+        """Forward FLOPs of documents of these lengths through blocks and norms, without the head."""
+        return float(self.document_flops(np.asarray(lengths, np.int64)).sum())
+
+    def document_flops(self, lengths: np.ndarray) -> np.ndarray:
+        """(n,) float64 forward FLOPs of documents of (n,) tokens.
 
         A multiply-add counts 2; attention counts the causal pairs only; norms, RoPE and biases are left out.
         """
         config = self.config
-        tokens, pairs = sum(lengths), sum(length * (length + 1) // 2 for length in lengths)
+        tokens = np.asarray(lengths, np.float64)
+        pairs = tokens * (tokens + 1) / 2
         attention = config.width * config.head_dim * (2 * config.heads + 2 * config.kv_heads)
         weights = attention + 3 * config.width * config.ffn
         scores = 2 * config.heads * config.head_dim * pairs

@@ -55,7 +55,7 @@ class Batch:
     modality: (T,) int8, see `Modality`
     offsets: (n + 1,) int32 start of every document, then T. Padding is the last document when there is any
     packs: (P + 1,) int32 start of every pack, then T
-    rows: (n, 2) int64 (source number, row in the source) of every document; (-1, -1) for padding
+    rows: (n, 3) int64 (number of the source, of its shard, row in it) of every document; -1 for padding
     media: the items of each modality that occurs
     broken: (sample, reason) of samples that could not be used and were replaced by padding of the promised length
     """

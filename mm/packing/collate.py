@@ -23,6 +23,9 @@ from mm.packing.batch import IGNORE, Batch, Media
 from mm.sample import Modality, Sample
 from mm.tokenizers.text import Piece, TextTokenizer
 
+Owner = tuple[int, int, int]
+"""(source, shard, row in it) of a document; -1 for padding."""
+
 
 class LengthMismatch(RuntimeError):
     """A well-formed sample came out longer or shorter than the plan promised: an error of the suite, never of the data.
@@ -153,19 +156,19 @@ class Processor:
     def collate(
         self,
         packs: Sequence[Sequence[Document]],
-        rows: Sequence[Sequence[tuple[int, int]]],
+        rows: Sequence[Sequence[Owner]],
         *,
         capacity: int | None = None,
         broken: Sequence[tuple[str, str]] = (),
     ) -> Batch:
-        """A batch of packs, each a list of documents with their (source, row).
+        """A batch of packs, each a list of documents with their owners.
 
         Args:
             capacity: pad every pack to this many tokens, for compiled code with static shapes; None adds nothing.
             broken: (sample, reason) of what was replaced by padding, for the run's ledger.
         """
         documents: list[Document] = []
-        owners: list[tuple[int, int]] = []
+        owners: list[Owner] = []
         pack_starts = [0]
         for pack, pack_rows in zip(packs, rows, strict=True):
             size = sum(len(document) for document in pack)
@@ -178,7 +181,7 @@ class Processor:
                 raise LengthMismatch(f"a pack of {size} tokens is over its capacity of {capacity}")
             if spare:
                 documents.append(self.padding(spare))
-                owners.append((-1, -1))
+                owners.append((-1, -1, -1))
             pack_starts.append(pack_starts[-1] + size + spare)
 
         offsets = np.cumsum([0, *(len(document) for document in documents)])
@@ -193,7 +196,7 @@ class Processor:
             modality=torch.from_numpy(np.concatenate([document.modality for document in documents])),
             offsets=torch.from_numpy(offsets.astype(np.int32)),
             packs=torch.tensor(pack_starts, dtype=torch.int32),
-            rows=torch.tensor(owners, dtype=torch.int64).reshape(-1, 2),
+            rows=torch.tensor(owners, dtype=torch.int64).reshape(-1, 3),
             media=self._media(documents, offsets),
             broken=tuple(broken),
         )

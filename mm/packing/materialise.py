@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from mm.packing.batch import Batch
-from mm.packing.collate import Document, LengthMismatch, Processor
-from mm.packing.plan import PlanReader
+from mm.packing.collate import Document, LengthMismatch, Owner, Processor
+from mm.packing.plan import PlannedSample, PlanReader
 from mm.sample import BrokenSample, Sample
 
 RETRIES = 4
@@ -24,9 +25,12 @@ AHEAD = 2048
 
 
 class Samples(Protocol):
-    """What this room needs of an index: the sample of a row."""
+    """What this room needs of a source: the sample of a row of a shard, as it was when that row was planned."""
 
-    def sample(self, row: int, choice: int) -> Sample: ...
+    @property
+    def shards(self) -> Sequence[str]: ...
+
+    def sample(self, shard: int, row: int, choice: int, stamp: int) -> Sample: ...
 
 
 class MicroStep(NamedTuple):
@@ -41,10 +45,10 @@ class Materialiser(Dataset[Batch]):
 
     Args:
         plan: which rows share which pack.
-        sources: one index per source of the plan, in its order.
+        sources: the samples of each source of the plan, in its order.
         names: the sources' names, for messages.
         capacity: pad packs to this length (static shapes), or None.
-        ahead: is given the rows that come next, two (k,) arrays of sources and row numbers in the order of the plan.
+        ahead: is given the rows that come next, two (k,) arrays of sources and shards in the order of the plan.
     """
 
     def __init__(
@@ -81,24 +85,19 @@ class Materialiser(Dataset[Batch]):
         self._looked = range(number, number + AHEAD)
         packs = [self.plan.pack(coming) for coming in range(number, min(number + 2 * AHEAD, self.plan.planned))]
         if packs:
-            self.ahead(np.concatenate([pack.source for pack in packs]), np.concatenate([pack.row for pack in packs]))
+            self.ahead(np.concatenate([pack.source for pack in packs]), np.concatenate([pack.shard for pack in packs]))
 
-    def _pack(self, number: int, broken: list[tuple[str, str]]) -> tuple[list[Document], list[tuple[int, int]]]:
-        pack = self.plan.pack(number)
-        columns = (pack.source, pack.row, pack.choice, pack.length, pack.truncated)
-        documents, owners = [], []
-        for source, row, choice, length, truncated in zip(*(column.tolist() for column in columns), strict=True):
-            documents.append(self._document(source, row, choice, length, truncated, broken))
-            owners.append((source, row))
-        return documents, owners
+    def _pack(self, number: int, broken: list[tuple[str, str]]) -> tuple[list[Document], list[Owner]]:
+        samples = self.plan.pack(number).samples()
+        documents = [self._document(planned, broken) for planned in samples]
+        return documents, [(planned.source, planned.shard, planned.row) for planned in samples]
 
-    def _document(
-        self, source: int, row: int, choice: int, length: int, truncated: bool, broken: list[tuple[str, str]]
-    ) -> Document:
-        """The row as a document of exactly the promised length; padding if its data is broken."""
-        name = f"{self.names[source]}, row {row}"
+    def _document(self, planned: PlannedSample, broken: list[tuple[str, str]]) -> Document:
+        """A planned sample as a document of exactly the promised length; padding if its data is broken."""
+        source, shard, row, stamp, choice, _, length, truncated = planned
+        name = f"{self.names[source]}, {Path(self.sources[source].shards[shard]).name}, row {row}"
         try:
-            sample = read_patiently(lambda: self.sources[source].sample(row, choice), name)
+            sample = read_patiently(lambda: self.sources[source].sample(shard, row, choice, stamp), name)
             name = f"{name} ({sample.key})"
             document = self.processor.document(sample)
         except BrokenSample as error:

@@ -20,6 +20,8 @@ class PackingOptions:
     batch_tokens: tokens in a global batch, rounded to whole packs
     window: packs that are planned at a time, about: a window takes this many times `capacity` tokens from the sources.
         Larger windows fill a little better and shuffle wider; the first step waits for one window
+    alike: this many packs in a row are alike in what they cost the encoders and the decoder, so that as many GPUs that
+        work on one each wait little for each other; 1 for packs in random order. See `mm.packing.balance.side_by_side`
     shuffle_shards: shards whose rows are shuffled together. Reads stay within this many shards a source
     too_long: what happens to a sample with more tokens than `capacity`: ``drop`` it, or ``truncate`` its text at the
         end if no media item is cut by that, and else drop it
@@ -31,12 +33,13 @@ class PackingOptions:
     batch: int | None = 64
     batch_tokens: int | None = None
     window: int = 2048
+    alike: int = 8
     shuffle_shards: int = 8
     too_long: str = "drop"
     policy: str = "first-fit-decreasing"
 
     def __post_init__(self) -> None:
-        for name in ("capacity", "window", "shuffle_shards"):
+        for name in ("capacity", "window", "alike", "shuffle_shards"):
             if getattr(self, name) < 1:
                 raise ValueError(f"packing.{name} must be at least 1, not {getattr(self, name)}")
         for name, limit in self.limits.items():

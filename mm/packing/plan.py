@@ -1,6 +1,6 @@
 """Which samples share which pack: an append-only artefact on disk, made ahead of training and never recomputed.
 
-    sources ──exact quotas──▶ window ──policy──▶ packs ──shuffle──▶ 000007.000000012288-000000014336.npz
+    sources ──exact quotas──▶ window ──policy──▶ packs ──order──▶ 000007.000000012288-000000014336.npz
        ▲                         ▲                  │
        └── cursors, debts        └── worst packs ◀──┘        kept in the window file: any process can go on from it
 
@@ -12,10 +12,12 @@ made.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
+import threading
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from fractions import Fraction
@@ -26,27 +28,36 @@ from typing import Any, BinaryIO, NamedTuple, Self
 import numpy as np
 from filelock import FileLock
 
+from mm.data.passes import bar
+from mm.packing.balance import side_by_side
 from mm.packing.fit import POLICIES, Packs, lower_bound
 from mm.packing.hashing import shuffled
 from mm.packing.options import PackingOptions
-from mm.packing.streams import DROPPED, FILTERED, MISSING, QUANTITIES, ROW, Source, Stream, Taken, Unit
+from mm.packing.source import DROPPED, FILTERED, MISSING, QUANTITIES, Rows, Source, Unit
+from mm.packing.streams import ROW, Cursor, Stream, Taken, row_table
+
+logger = logging.getLogger(__name__)
 
 __all__ = [
     "DROPPED",
     "FILTERED",
     "MISSING",
     "QUANTITIES",
+    "Cursor",
     "PackRows",
     "PackingOptions",
     "Plan",
     "PlanChanged",
     "PlanReader",
+    "PlannedSample",
+    "ReadTo",
+    "Rows",
     "Source",
     "Statistics",
     "Unit",
 ]
 
-FORMAT = 2
+FORMAT = 3
 """Changes with anything that gives other packs or files for the same inputs."""
 
 CARRIED = 64
@@ -55,6 +66,9 @@ CARRIED = 64
 SKEW, SKEW_TOKENS = 2e-4, 5_000_000
 """What is carried into the next window may move the share of a source by 0.02 percentage points of a window, or of this
 many tokens if the window is smaller."""
+
+Flops = Callable[[np.ndarray], np.ndarray]
+"""(n,) FLOPs of documents of (n,) tokens in the decoder."""
 
 SHARE_UNIT = 2**32
 OPEN_WINDOWS = 8  # kept in memory by a reader
@@ -69,20 +83,46 @@ class PlanDamaged(ValueError):
     """A window file is missing from the folder."""
 
 
+def linear(lengths: np.ndarray) -> np.ndarray:
+    """FLOPs of documents, in those of a token, where attention costs nothing."""
+    return lengths.astype(np.float64)
+
+
+class PlannedSample(NamedTuple):
+    """A sample of a pack, see `PackRows`."""
+
+    source: int
+    shard: int
+    row: int
+    stamp: int
+    choice: int
+    epoch: int
+    length: int
+    truncated: bool
+
+
 @dataclass(frozen=True, slots=True)
 class PackRows:
     """The k samples of a pack, in order.
 
-    source: (k,) number of the source; row: (k,) row in it; choice, epoch: (k,) as drawn
+    source: (k,) number of the source; shard, row: (k,) shard of it and row there; choice, epoch: (k,) as drawn
+    stamp: (k,) uint32 of what the rows of the shard were when this was planned; 0 if they cannot change
     length: (k,) tokens in the pack; truncated: (k,) bool, whether the text is cut to that length
     """
 
     source: np.ndarray
+    shard: np.ndarray
     row: np.ndarray
+    stamp: np.ndarray
     choice: np.ndarray
     epoch: np.ndarray
     length: np.ndarray
     truncated: np.ndarray
+
+    def samples(self) -> list[PlannedSample]:
+        """One by one."""
+        columns = (getattr(self, name).tolist() for name in PlannedSample._fields)
+        return [PlannedSample(*values) for values in zip(*columns, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +130,7 @@ class SourceStatistics:
     """What was planned of a source; samples that wait for the next window are not counted.
 
     asked: share of the plan's unit by the recipe; share: of all tokens; sample_share: of all samples
-    epochs: rows passed over the rows there are
+    epochs: how often its rows were passed over, see `Stream.passes`
     items, media_tokens: by quantity; dropped: rows by reason
     """
 
@@ -128,9 +168,9 @@ class Statistics:
 class State:
     """Where planning stands after a window, for S sources, M quantities and R reasons. Saved with the window.
 
-    cursors: (S,) positions of the streams
+    cursors: (S, 4) positions of the streams
     debts: (S,) tokens, or samples, still owed to each source; remainders: (S,) and parts of one, in units of the shares
-    carried: (k,) `ROW` samples for the next window
+    carried: (k,) `row_table` of samples for the next window
     ended: 0 while there is more, 1 + the source that ran dry, or -1 if all did
     The rest are totals from the first window on.
     """
@@ -148,14 +188,14 @@ class State:
     dropped: np.ndarray
 
     @classmethod
-    def at_start(cls, cursors: Sequence[int], quantities: int, reasons: int) -> Self:
+    def at_start(cls, cursors: Sequence[Cursor], quantities: int, reasons: int) -> Self:
         sources = len(cursors)
         zero = np.zeros(sources, np.int64)
         return cls(
             cursors=np.array(cursors, np.int64),
             debts=zero,
             remainders=zero,
-            carried=np.empty(0, ROW),
+            carried=np.empty(0, row_table(quantities)),
             ended=np.zeros((), np.int64),
             samples=zero,
             tokens=zero,
@@ -177,6 +217,30 @@ class Quotas(NamedTuple):
     remainders: np.ndarray
 
 
+class Window(NamedTuple):
+    """The p packs of a window.
+
+    rows: (k,) `ROW`; starts: (p + 1,) first row of every pack
+    costs: (p, 2) FLOPs of encoders and decoder; media: (p, M) media tokens of each quantity
+    """
+
+    rows: np.ndarray
+    starts: np.ndarray
+    costs: np.ndarray
+    media: np.ndarray
+
+
+class ReadTo(NamedTuple):
+    """How far a plan has read a source, and what that is a position in.
+
+    shards, rows: how many the source had; no rows where they were not counted
+    """
+
+    cursor: Cursor
+    shards: int
+    rows: int | None
+
+
 class WindowFile(NamedTuple):
     """A window on disk; its name says which packs it holds, so that listing a folder is reading its index."""
 
@@ -193,7 +257,7 @@ class PlanReader:
         self.folder = Path(folder)
         self.packs_per_batch = packs_per_batch
         self._windows: list[WindowFile] = []
-        self._loaded: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._loaded: dict[int, Window] = {}
         self.refresh()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -229,15 +293,44 @@ class PlanReader:
         Raises:
             IndexError: the pack was not planned (yet).
         """
-        if number >= self.planned:
-            self.refresh()
-        if not 0 <= number < self.planned:
-            raise IndexError(f"pack {number} of {self.folder}: {self._extent()}")
-        window = bisect_right(self._windows, number, key=lambda window: window.stop)
-        rows, starts = self._load(window)
-        within = number - self._windows[window].first
-        samples = rows[starts[within] : starts[within + 1]]
+        window, within = self._find(number)
+        samples = window.rows[window.starts[within] : window.starts[within + 1]]
         return PackRows(**{field.name: samples[field.name] for field in fields(PackRows)})
+
+    def costs(self, packs: Sequence[int]) -> np.ndarray:
+        """(P, 2) FLOPs of each pack in the encoders and in the decoder; 0 for an empty pack (-1).
+
+        Raises:
+            IndexError: a pack was not planned (yet).
+        """
+        costs = np.zeros((len(packs), 2))
+        for place, number in enumerate(packs):
+            if number >= 0:
+                window, within = self._find(number)
+                costs[place] = window.costs[within]
+        return costs
+
+    def media_tokens(self, pack: int) -> np.ndarray:
+        """(M,) tokens of each quantity in a pack."""
+        window, within = self._find(pack)
+        return window.media[within]
+
+    def read_to(self, packs: int) -> dict[str, ReadTo]:
+        """How far the sources were read in the windows of the first `packs` packs: where a next stage may start.
+
+        Samples of the last of these windows beyond the packs, and those carried over, are then passed over.
+        """
+        parts = json.loads((self.folder / "plan.json").read_text())["parts"]
+        windows = [window for window in self._windows if window.first < packs]
+        if windows:
+            with np.load(windows[-1].path, allow_pickle=False) as file:
+                cursors = file["cursors"].tolist()
+        else:
+            cursors = [parts[f"{name}.start"] for name in parts["sources"]]
+        return {
+            name: ReadTo(Cursor(*cursor), parts[f"{name}.shards"], parts[f"{name}.rows"])
+            for name, cursor in zip(parts["sources"], cursors, strict=True)
+        }
 
     def batch(self, step: int) -> list[int]:
         """Pack numbers of a global batch; -1 fills up the last one.
@@ -261,13 +354,26 @@ class PlanReader:
             return f"the plan ends after {self.planned} packs"
         return f"{self.planned} packs are planned; Plan.ensure makes more"
 
-    def _load(self, window: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows and pack starts of a window; the least recently used one makes room."""
+    def _find(self, pack: int) -> tuple[Window, int]:
+        """The window of a pack, and its place there.
+
+        Raises:
+            IndexError: the pack was not planned (yet).
+        """
+        if pack >= self.planned:
+            self.refresh()
+        if not 0 <= pack < self.planned:
+            raise IndexError(f"pack {pack} of {self.folder}: {self._extent()}")
+        window = bisect_right(self._windows, pack, key=lambda window: window.stop)
+        return self._load(window), pack - self._windows[window].first
+
+    def _load(self, window: int) -> Window:
+        """A window; the least recently used one makes room."""
         if window in self._loaded:
             self._loaded[window] = self._loaded.pop(window)
         else:
             with np.load(self._windows[window].path, allow_pickle=False) as file:
-                self._loaded[window] = file["rows"], file["starts"]
+                self._loaded[window] = Window(**{name: file[name] for name in Window._fields})
             if len(self._loaded) > OPEN_WINDOWS:
                 del self._loaded[next(iter(self._loaded))]
         return self._loaded[window]
@@ -287,12 +393,13 @@ class Plan(PlanReader):
         self,
         folder: Path,
         streams: Sequence[Stream],
+        starts: Sequence[Cursor],
         options: PackingOptions,
         seed: int,
         shares: Sequence[int],
         budget: int,
-        start: Mapping[str, int],
         unit: Unit,
+        flops: Flops,
         fingerprint: str,
     ) -> None:
         """Use `Plan.open`."""
@@ -303,11 +410,14 @@ class Plan(PlanReader):
         self.sources = [stream.source for stream in streams]
         self.weighted = self.sources[0].weight is not None
         self.quantities = self.sources[0].quantities
+        self.unit: Unit = unit
         self._streams = streams
+        self._starts = starts
         self._shares = shares
         self._budget = budget
-        self.unit: Unit = unit
-        self._start = [start.get(source.name, 0) for source in self.sources]
+        self._flops = flops
+        self._planning = threading.Lock()
+        self._ahead: threading.Thread | None = None
         self._limited = [number for number, name in enumerate(self.quantities) if name in options.limits]
         self._limits = np.array([options.limits[self.quantities[number]] for number in self._limited], np.int64)
 
@@ -319,16 +429,22 @@ class Plan(PlanReader):
         options: PackingOptions,
         seed: int,
         epochs: float | None = None,
-        start: Mapping[str, int] | None = None,
+        start: Mapping[str, Cursor] | None = None,
         unit: Unit = "tokens",
+        flops: Flops = linear,
+        about: Mapping[str, Any] | None = None,
+        progress: bool = False,
     ) -> Self:
         """The plan in a folder, created or continued. Several processes may hold it; one at a time plans.
 
         Args:
             epochs: for sources that do not say how often their rows are seen; None: endlessly.
-            start: positions where sources begin, from `cursors` of an earlier stage's plan; 0 for those not named.
+            start: positions where sources begin, from `read_to` of an earlier stage's plan; the beginning if not named.
             unit: what weights are shares of: tokens; samples; or epochs, so that a source of weight 2 is passed over
                 twice while one of weight 1 is once.
+            flops: what documents cost in the decoder.
+            about: what `flops` and `Rows.media_flops` are of, by names that a reader of `PlanChanged` understands.
+            progress: show a bar while the rows of all sources are looked through.
 
         Raises:
             PlanChanged: the folder holds a plan for other inputs.
@@ -337,7 +453,8 @@ class Plan(PlanReader):
         start = start or {}
         _check_sources(sources, options, start)
         streams = [Stream(source, number, options, seed, epochs, unit) for number, source in enumerate(sources)]
-        parts = _parts(sources, options, seed, epochs, start, unit)
+        starts = [stream.begin(start.get(stream.source.name)) for stream in streams]
+        parts = _parts(streams, starts, options, seed, epochs, unit) | dict(about or {})
         fingerprint = blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -348,52 +465,68 @@ class Plan(PlanReader):
                 _check_unchanged(folder, known["parts"], parts)
                 shares, budget = known["shares"], known["budget"]
             else:
-                shares, budget = _shares(streams, options, start, unit)
+                shares, budget = _shares(streams, starts, options, unit, progress)
                 entry = {"fingerprint": fingerprint, "parts": parts, "shares": shares, "budget": budget}
                 with replacing(path) as file:
                     file.write(json.dumps(entry, indent=1).encode())
-        return cls(folder, streams, options, seed, shares, budget, start, unit, fingerprint)
+        return cls(folder, streams, starts, options, seed, shares, budget, unit, flops, fingerprint)
 
     def reader(self) -> PlanReader:
         """A reader of the packs, for loader workers."""
         return PlanReader(self.folder, self.packs_per_batch)
 
-    def ensure(self, packs: int) -> int:
+    def ensure(self, packs: int, progress: bool = False) -> int:
         """Plans until there are `packs` packs, or the sources end; returns how many there are."""
         if self.planned < packs and not self.ended:
-            with FileLock(self.folder / "lock"):
+            with self._planning, FileLock(self.folder / "lock"), bar("planning packs", packs, progress) as show:
                 self.refresh()
                 while self.planned < packs and not self.ended:
                     self._append()
+                    show(self.planned)
         return self.planned
+
+    def ensure_ahead(self, packs: int) -> None:
+        """Plans in the background until there are `packs` packs. What goes wrong there is met again by `ensure`."""
+        if self.planned < packs and not self.ended and not (self._ahead and self._ahead.is_alive()):
+            self._ahead = threading.Thread(target=self._go_ahead, args=(packs,), name="plan ahead", daemon=True)
+            self._ahead.start()
+
+    def _go_ahead(self, packs: int) -> None:
+        try:
+            while self.planned < packs and not self.ended:
+                self.ensure(self.planned + 1)  # a window at a time: who needs the next one waits for no more
+        except Exception as error:
+            logger.warning("planning ahead failed after pack %d: %r", self.planned, error)
 
     @property
     def endless(self) -> bool:
         """Whether the plan has no end."""
-        bounded = [stream.end is not None for stream in self._streams]
-        return not (any(bounded) if self.weighted else all(bounded))
+        ends = [stream.ends for stream in self._streams]
+        return not (any(ends) if self.weighted else all(ends))
 
-    def total_packs(self) -> int | None:
+    def total_packs(self, progress: bool = False) -> int | None:
         """Packs until the end, which plans everything; None if there is no end."""
         if self.endless:
             return None
-        while not self.ended:
-            self.ensure(self.planned + 1)
+        with bar("planning", 1.0, progress) as show:
+            while not self.ended:
+                self.ensure(self.planned + 1)
+                show(self._passed())
         return self.planned
+
+    def _passed(self) -> float:
+        """Share of the way to the end that is planned, by the source that is farthest."""
+        cursors = self._state(self._windows[-1] if self._windows else None).cursors
+        return max(
+            stream.passes(Cursor(*cursor)) / stream.epochs
+            for stream, cursor in zip(self._streams, cursors.tolist(), strict=True)
+            if stream.epochs is not None
+        )
 
     def total_steps(self) -> int | None:
         """Global batches until the end, which plans everything; None if there is no end."""
         packs = self.total_packs()
         return None if packs is None else -(-packs // self.packs_per_batch)
-
-    def cursors(self, packs: int) -> dict[str, int]:
-        """Positions of the sources after the windows of the first `packs` packs: where a next stage may `start`.
-
-        Samples of the last of these windows beyond the packs, and those carried over, are then passed over.
-        """
-        windows = [window for window in self._windows if window.first < packs]
-        state = self._state(windows[-1] if windows else None)
-        return dict(zip((source.name for source in self.sources), state.cursors.tolist(), strict=True))
 
     def statistics(self) -> Statistics:
         """What was planned so far, by source."""
@@ -415,7 +548,7 @@ class Plan(PlanReader):
                     asked=self._shares[number] / sum(self._shares),
                     share=float(state.tokens[number] / max(tokens, 1)),
                     sample_share=float(state.samples[number] / max(samples, 1)),
-                    epochs=float(state.cursors[number] / stream.source.rows),
+                    epochs=stream.passes(Cursor(*state.cursors[number].tolist())),
                     truncated=int(state.truncated[number]),
                     items=dict(zip(self.quantities, state.items[number].tolist(), strict=True)),
                     media_tokens=dict(zip(self.quantities, state.media_tokens[number].tolist(), strict=True)),
@@ -428,27 +561,27 @@ class Plan(PlanReader):
     def _state(self, window: WindowFile | None) -> State:
         """Where planning stood after a window; at the start before the first."""
         if window is None:
-            return State.at_start(self._start, len(self.quantities), len(self._streams[0].reasons))
+            return State.at_start(self._starts, len(self.quantities), len(self._streams[0].reasons))
         with np.load(window.path, allow_pickle=False) as file:
             return State(**{field.name: file[field.name] for field in fields(State)})
 
     def _append(self) -> None:
         """Plans one window and writes it: wholly, or, if the process dies, not at all."""
         number, first = len(self._windows), self.planned
-        rows, starts, state = self._plan_window(number, self._state(self._windows[-1] if self._windows else None))
+        window, state = self._plan_window(number, self._state(self._windows[-1] if self._windows else None))
         ending = ".last" if state.ended else ""
-        name = f"{number:06d}.{first:012d}-{first + len(starts) - 1:012d}{ending}.npz"
+        name = f"{number:06d}.{first:012d}-{first + len(window.starts) - 1:012d}{ending}.npz"
         with replacing(self.folder / name) as file:
-            np.savez(file, rows=rows, starts=starts, **vars(state))
+            np.savez(file, **window._asdict(), **vars(state))
         self.refresh()
 
-    def _plan_window(self, window: int, before: State) -> tuple[np.ndarray, np.ndarray, State]:
-        """(k,) `ROW` samples, (p + 1,) starts of their packs, and the state after the window."""
+    def _plan_window(self, window: int, before: State) -> tuple[Window, State]:
+        """The packs of a window, and the state after it."""
         taken, quotas, ended = self._take(before)
         rows = np.concatenate([before.carried, *(part.rows for part in taken)])
         rows["carried"][: len(before.carried)] = True
         rows = rows[shuffled(len(rows), self.seed, "samples", window)]
-        counts = self._of_rows([source.counts for source in self.sources], rows)[:, self._limited]
+        counts = rows["counts"][:, self._limited]
         packs = POLICIES[self.options.policy](rows["length"], self.options.capacity, counts, self._limits)
 
         keep = np.ones(packs.number, bool)
@@ -461,15 +594,18 @@ class Plan(PlanReader):
             worst = worst[fullness[worst] < 1.0]
             keep[worst[self._balanced(packs.take(worst), rows, quotas)]] = False
         carried = rows[packs.take(np.flatnonzero(~keep)).order]
-        kept = np.flatnonzero(keep)
-        packs = packs.take(kept[shuffled(len(kept), self.seed, "packs", window)])
+        packs = packs.take(np.flatnonzero(keep))
+        costs = np.column_stack([packs.sums(rows["media_flops"]), packs.sums(self._flops(rows["length"]))])
+        order = side_by_side(costs, self.options.alike, self.planned, self.seed, "packs", window)
+        packs, costs = packs.take(order), costs[order]
+        media = rows["media_tokens"]
         rows = rows[packs.order]
 
         def by_source(values: np.ndarray) -> np.ndarray:
             return np.bincount(rows["source"], values, len(self.sources)).astype(np.int64)
 
-        def by_source_and_quantity(columns: list[np.ndarray | None]) -> np.ndarray:
-            return np.column_stack([by_source(column) for column in self._of_rows(columns, rows).T])
+        def by_source_and_quantity(column: str) -> np.ndarray:
+            return np.column_stack([by_source(values) for values in rows[column].T])
 
         after = State(
             cursors=np.array([part.cursor for part in taken], np.int64),
@@ -480,15 +616,16 @@ class Plan(PlanReader):
             samples=before.samples + by_source(np.ones(len(rows))),
             tokens=before.tokens + by_source(rows["length"]),
             truncated=before.truncated + by_source(rows["truncated"]),
-            items=before.items + by_source_and_quantity([source.counts for source in self.sources]),
-            media_tokens=before.media_tokens + by_source_and_quantity([source.media_tokens for source in self.sources]),
+            items=before.items + by_source_and_quantity("counts"),
+            media_tokens=before.media_tokens + by_source_and_quantity("media_tokens"),
             dropped=before.dropped + np.stack([part.dropped for part in taken]),
         )
-        return rows, packs.starts, after
+        planned = rows[list(ROW.names or ())].astype(ROW)
+        return Window(planned, packs.starts, costs, packs.sums(media)), after
 
     def _take(self, state: State) -> tuple[list[Taken], Quotas, int]:
         """What each source gives to the next window, its quotas, and `State.ended`."""
-        cursors = state.cursors.tolist()
+        cursors = [Cursor(*cursor) for cursor in state.cursors.tolist()]
         shares = [
             share if self.weighted or not stream.is_dry(cursor) else 0
             for share, stream, cursor in zip(self._shares, self._streams, cursors, strict=True)
@@ -520,8 +657,10 @@ class Plan(PlanReader):
         remainders = [remainder for _, remainder in due]
         return taken, Quotas(np.array(shares) / total, np.array(debts, np.int64), np.array(remainders, np.int64)), ended
 
-    def _take_each(self, cursors: list[int], quotas: list[int]) -> list[Taken]:
-        return [stream.take(*place) for stream, *place in zip(self._streams, cursors, quotas, strict=True)]
+    def _take_each(self, cursors: list[Cursor], quotas: list[int]) -> list[Taken]:
+        return [
+            stream.take(cursor, quota) for stream, cursor, quota in zip(self._streams, cursors, quotas, strict=True)
+        ]
 
     def _balanced(self, packs: Packs, rows: np.ndarray, quotas: Quotas) -> np.ndarray:
         """Numbers of the packs, from the first on, that can wait for the next window and move no share by `SKEW`."""
@@ -538,15 +677,6 @@ class Plan(PlanReader):
                 moved += skew
         return np.array(waiting, np.int64)
 
-    def _of_rows(self, columns: list[np.ndarray | None], rows: np.ndarray) -> np.ndarray:
-        """(k, M) int64 values of the columns (n, M) of each source for planned rows; 0 where a source has none."""
-        values = np.zeros((len(rows), len(self.quantities)), np.int64)
-        for number, column in enumerate(columns):
-            if column is not None:
-                mine = np.flatnonzero(rows["source"] == number)
-                values[mine] = column[rows["row"][mine]]
-        return values
-
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
@@ -560,28 +690,36 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def _shares(
-    streams: Sequence[Stream], options: PackingOptions, start: Mapping[str, int], unit: Unit
+    streams: Sequence[Stream], starts: Sequence[Cursor], options: PackingOptions, unit: Unit, progress: bool
 ) -> tuple[list[int], int]:
     """Shares of the sources in 2⁻³², as weighted or those at which sources end together, and the quota of a window.
 
     The quota is `PackingOptions.window` packs full of tokens, or as many samples as that is on average.
 
     Raises:
-        ValueError: a source has no usable row.
+        ValueError: a source has no usable row, or more must be known of it than where its shards are.
     """
+    weighted = streams[0].source.weight is not None
+    whole = unit == "epochs" or (not weighted and len(streams) > 1)
     sizes, lengths = [], []
-    for stream in streams:
-        source, survey = stream.source, stream.survey()
+    for stream, start in zip(streams, starts, strict=True):
+        source = stream.source
+        if whole and source.rows is None:
+            raise ValueError(
+                f"source {source.name}: how much it holds is not known while its shards are indexed on the way; give "
+                "every source a weight in tokens or samples, or set data.lazy to false"
+            )
+        survey = stream.survey(whole=whole, progress=progress)
         if not survey.tokens:
             reasons = ", ".join(f"{rows} {reason}" for reason, rows in survey.dropped.items() if rows)
             raise ValueError(
-                f"source {source.name}: none of its {source.rows} rows can be used: {reasons or 'no rows'}"
+                f"source {source.name}: none of its {survey.rows} rows can be used: {reasons or 'no rows'}"
             )
-        remaining = source.rows if stream.end is None else max(stream.end - start.get(source.name, 0), 0)
+        epoch = survey.tokens if whole else 1
         if source.weight is None:
-            sizes.append(survey.tokens * remaining / source.rows)
+            sizes.append(epoch * stream.remaining(start))
         else:
-            sizes.append(source.weight * survey.tokens if unit == "epochs" else source.weight)
+            sizes.append(epoch * source.weight if unit == "epochs" else source.weight)
         lengths.append(survey.tokens / survey.samples)
     if not sum(sizes):
         raise ValueError("all sources end before they start: raise their epochs, or leave out `start`")
@@ -606,7 +744,7 @@ def _check_unchanged(folder: Path, planned: dict[str, Any], asked: dict[str, Any
         )
 
 
-def _check_sources(sources: Sequence[Source], options: PackingOptions, start: Mapping[str, int]) -> None:
+def _check_sources(sources: Sequence[Source], options: PackingOptions, start: Mapping[str, Cursor]) -> None:
     """Raises ValueError where sources do not go together or with the options."""
     names = [source.name for source in sources]
     if not names:
@@ -628,26 +766,27 @@ def _check_sources(sources: Sequence[Source], options: PackingOptions, start: Ma
 
 
 def _parts(
-    sources: Sequence[Source],
+    streams: Sequence[Stream],
+    starts: Sequence[Cursor],
     options: PackingOptions,
     seed: int,
     epochs: float | None,
-    start: Mapping[str, int],
     unit: Unit,
 ) -> dict[str, Any]:
     """Everything that the packs depend on, by a name that a reader of `PlanChanged` understands."""
     parts: dict[str, Any] = {"format": FORMAT, "seed": seed, "epochs": epochs, "unit": unit}
     parts |= {f"packing.{name}": value for name, value in options.of_plan().items()}
-    parts["sources"] = [source.name for source in sources]
-    for source in sources:
+    parts["sources"] = [stream.source.name for stream in streams]
+    for stream, start in zip(streams, starts, strict=True):
+        source = stream.source
         parts |= {
             f"{source.name}.fingerprint": source.fingerprint,
             f"{source.name}.rows": source.rows,
-            f"{source.name}.shards": len(source.shards),
+            f"{source.name}.shards": source.shards,
             f"{source.name}.choice_probabilities": np.asarray(source.choice_probabilities, np.float64).tolist(),
             f"{source.name}.weight": source.weight,
             f"{source.name}.epochs": source.epochs,
-            f"{source.name}.start": start.get(source.name, 0),
+            f"{source.name}.start": list(start),
         }
         parts |= {f"{source.name}.{name}": value for name, value in source.selection.items()}
     return parts

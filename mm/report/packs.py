@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from mm.packing.collate import Processor
-from mm.packing.plan import QUANTITIES
+from mm.packing.plan import QUANTITIES, PlannedSample
 from mm.report.page import counted, percent, render, thousands
 from mm.report.turns import Span, Turn, turns_of
 from mm.sample import BrokenSample, Modality, Sample
@@ -129,10 +130,7 @@ def _describe(data: PlannedData, packs: Sequence[int], shown: int) -> str:
     """The whole global batch in a line, from the plan alone."""
     rows = [data.plan.pack(number) for number in packs]
     tokens = sum(int(pack.length.sum()) for pack in rows)
-    media = np.zeros(len(QUANTITIES), np.int64)
-    for pack in rows:
-        for source, row in zip(pack.source, pack.row, strict=True):
-            media += data.media[source].tokens[row]
+    media = sum((data.plan.media_tokens(number) for number in packs), np.zeros(len(QUANTITIES), np.int64))
     kinds = [f"{thousands(count)} {name}" for name, count in zip(QUANTITIES, media.tolist(), strict=True) if count]
     facts = [
         counted(len(packs), "pack") + (f", the first {shown} shown" if shown < len(packs) else ""),
@@ -154,9 +152,7 @@ def view_packs(recipe: Recipe, step: int, shown: int) -> list[PackView]:
 
 def view_pack(data: PlannedData, number: int, origin: str = "") -> PackView:
     """One pack of the plan, its samples read and decoded; a sample that cannot be used says why."""
-    rows = data.plan.pack(number)
-    planned = (rows.source, rows.row, rows.choice, rows.length, rows.truncated)
-    documents = [_document_of_row(data, *row) for row in zip(*(column.tolist() for column in planned), strict=True)]
+    documents = [_document_of(data, planned) for planned in data.plan.pack(number).samples()]
     return PackView(number, data.plan.options.capacity, tuple(documents), origin)
 
 
@@ -180,12 +176,11 @@ def _packs_of_step(data: PlannedData, step: int) -> list[int]:
     return [number for number in data.plan.batch(step) if number >= 0]
 
 
-def _document_of_row(
-    data: PlannedData, source: int, row: int, choice: int, length: int, truncated: bool
-) -> DocumentView:
-    name = f"{data.names[source]} · row {row}"
+def _document_of(data: PlannedData, planned: PlannedSample) -> DocumentView:
+    source, shard, row, stamp, choice, _, length, truncated = planned
+    name = f"{data.names[source]} · {Path(data.samples[source].shards[shard]).name} · row {row}"
     try:
-        sample = data.indexes[source].sample(row, choice)
+        sample = data.samples[source].sample(shard, row, choice, stamp)
         name = f"{data.names[source]} · {sample.key}"
         note = "text cut at the end" if truncated else ""
         return view_document(name, sample, data.blueprint.processor, length, note)

@@ -13,9 +13,9 @@ import os
 import shutil
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from safetensors import SafetensorError
@@ -43,39 +43,35 @@ class CheckpointError(RuntimeError):
     """A checkpoint that is missing, incomplete or of another architecture; the message says which and what to do."""
 
 
-Cursors = dict[str, tuple[int, int]]
-"""Position in a source's order of rows, and the number of its rows, by source."""
+class Finished(NamedTuple):
+    """The end of a stage: steps of the run until then, and packs of the stage's plan."""
+
+    step: int
+    packs: int
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands: all that resuming needs beside weights and optimizer state.
+    """Where a run stands: all that resuming needs beside weights, optimizer state and the plan in the run's folder.
 
     step: updates done
     packs: packs of the stage's plan consumed
     tokens: real tokens seen
     plan: fingerprint of the plan that the packs were numbered by
-    finished: step at which each stage before this one ended
-    began: where the sources stood when this stage began
-    sources: where a stage after this step would start in them
+    finished: the stages before this one
     """
 
     step: int
     packs: int
     tokens: int
     plan: str
-    finished: tuple[int, ...] = ()
-    began: Cursors = field(default_factory=dict)
-    sources: Cursors = field(default_factory=dict)
+    finished: tuple[Finished, ...] = ()
 
     @classmethod
     def read(cls, text: str) -> Self:
         """From JSON."""
         values = json.loads(text)
-        values["finished"] = tuple(values.get("finished", ()))
-        for name in ("began", "sources"):
-            values[name] = {source: tuple(pair) for source, pair in values.get(name, {}).items()}
-        return cls(**values)
+        return cls(**values | {"finished": tuple(Finished(*stage) for stage in values["finished"])})
 
 
 def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, position: Position, world: World) -> Path:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -51,9 +51,10 @@ def train(recipe: Recipe) -> Path:
         resumed = checkpoint.latest(recipe.folder / "checkpoints")
         position = checkpoint.read_position(resumed) if resumed else None
         stages = open_stages(recipe, recipe.folder, position)
+        first = next(stages)
         with join_world() as world:
-            for stage in stages:
-                if not stage.is_over or stage is stages[-1]:
+            for stage in chain([first], stages):
+                if not stage.is_over or stage.number + 1 == len(recipe.stage_recipes()):
                     resumed = run(recipe, stage, world)
                     gc.collect()  # the sharded model of this stage, before the next is built
     assert resumed is not None
@@ -141,7 +142,7 @@ def run(whole: Recipe, stage: Stage, world: World) -> Path:
             if saves:
                 with meter.paused():
                     packs = stage.packs_at(done)
-                    here = replace(position, step=done, packs=packs, tokens=meter.tokens, sources=stage.cursors(packs))
+                    here = replace(position, step=done, packs=packs, tokens=meter.tokens)
                     last = checkpoint.save(folder / "checkpoints", model, optimizer, here, world)
                     if world.is_first:
                         checkpoint.keep_last(folder / "checkpoints", recipe.keep)

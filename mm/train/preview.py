@@ -14,11 +14,12 @@ from rich.rule import Rule
 from rich.table import Table
 
 from mm.packing.balance import deal, imbalance
-from mm.train.dataset import Blueprint, PlannedData, open_data
+from mm.train.dataset import PlannedData, open_data
 from mm.train.meter import training_factors
 from mm.train.optim import freeze
 from mm.train.parts import trained_parts
 from mm.train.recipe import Recipe
+from mm.train.sources import Blueprint
 from mm.train.stages import open_stages
 
 WORLDS = (2, 4, 8)
@@ -31,11 +32,13 @@ def planned(recipe: Recipe) -> PlannedData:
     A look at a recipe binds nothing: the next look may be at other options.
     """
     folder = _folder(recipe) / "plan"
-    data = open_data(recipe, Blueprint.of(recipe), recipe.data.sources, folder, epochs=recipe.epochs)
+    data = open_data(
+        recipe, Blueprint.of(recipe), recipe.data.sources, folder, epochs=recipe.epochs, lazy=recipe.data.lazy
+    )
     if recipe.steps is not None:
-        data.plan.ensure(recipe.steps * recipe.packing.packs_per_batch)
+        data.plan.ensure(recipe.steps * recipe.packing.packs_per_batch, progress=True)
     else:
-        data.plan.total_packs()
+        data.plan.total_packs(progress=True)
     return data
 
 
@@ -56,11 +59,12 @@ def planned_at(recipe: Recipe, step: int) -> tuple[PlannedData, int]:
     """
     if not recipe.stages:
         return planned(recipe), step
-    stages = open_stages(recipe, _folder(recipe))
-    for stage in stages:
+    end = 0
+    for stage in open_stages(recipe, _folder(recipe)):
         if step < stage.end:
             return stage.data, step - stage.begin
-    raise IndexError(f"the run ends after {stages[-1].end} steps; there is no step {step}")
+        end = stage.end
+    raise IndexError(f"the run ends after {end} steps; there is no step {step}")
 
 
 def preview(recipe: Recipe) -> Iterator[RenderableType]:
@@ -107,14 +111,14 @@ def dropped_table(data: PlannedData) -> Table:
     table = Table("source", "left out", title="what is not seen", title_justify="left")
     table.add_column("rows, over all epochs", justify="right")
     statistics = data.plan.statistics()
-    for (name, source), index in zip(statistics.sources.items(), data.indexes, strict=True):
+    for (name, source), opened in zip(statistics.sources.items(), data.sources, strict=True):
         for reason, count in source.dropped.items():
             if count:
                 table.add_row(name, reason, f"{count:,}")
         if source.truncated:
             table.add_row(name, "text cut at the end (seen, but shortened)", f"{source.truncated:,}")
-        if len(index.errors):
-            table.add_row(name, "unreadable, see `mm index`", f"{len(index.errors):,}")
+        if errors := opened.errors:
+            table.add_row(name, "unreadable, see `mm index`", f"{errors:,}")
     if not table.row_count:
         table.add_row("all", "nothing", "0")
     return table
@@ -160,7 +164,7 @@ def sampled_flops(recipe: Recipe, data: PlannedData) -> tuple[float, float]:
     freeze(model, recipe.optim)
     factors = training_factors(trained_parts(model))
     encoder_factor = max((factors[part] for part in factors if part.startswith("encoders")), default=0)
-    costs = np.concatenate([data.costs(batch) for batch in first_batches(data)])
+    costs = np.concatenate([data.plan.costs(batch) for batch in first_batches(data)])
     packs = recipe.packing.packs_per_batch
     encoders, decoder = costs.mean(axis=0) * packs
     head = model.decoder.head_flops(1) * recipe.packing.capacity * packs  # at most: media slots bear no labels
@@ -171,7 +175,7 @@ def mean_imbalance(data: PlannedData, world: int) -> float:
     """Step time relative to perfectly even ranks, mean over the first global batches."""
     ratios = []
     for batch in first_batches(data):
-        costs = data.costs(batch)
+        costs = data.plan.costs(batch)
         ratios.append(imbalance(costs, deal(costs, world, seed=0)))
     return float(np.mean(ratios))
 

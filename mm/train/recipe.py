@@ -43,7 +43,10 @@ class DataOptions:
 
     unit: what weights are shares of: `tokens`; `samples`; or `epochs`, where a source of weight 2 is passed over twice
         while one of weight 1 is once
-    index: folder for indexes and columns; safe to delete, safe to share between runs
+    lazy: index shards when the plan comes to them, in the background of training, and not all before it begins. Needs
+        `steps`, and weights where there are several sources. See docs/remote.md
+    index: folder for indexes and columns; safe to delete, safe to share between runs. All machines of a lazy run need
+        to see it
     cache: keep copies of remote shards on disk, see docs/remote.md; without it they are read in place
     workers: loader processes per training process
     max_broken: share of samples that may turn out broken before the run stops
@@ -52,6 +55,7 @@ class DataOptions:
     sources: dict[str, SourceOptions]
     validation: dict[str, SourceOptions] = field(default_factory=dict)
     unit: Unit = "tokens"
+    lazy: bool = False
     index: str = "~/.cache/mm"
     cache: CacheOptions | None = None
     workers: int = 1
@@ -104,6 +108,8 @@ class Recipe:
             self._check_stages()
         elif (self.steps is None) == (self.epochs is None):
             raise RecipeError("a recipe needs exactly one of `steps` and `epochs`")
+        elif self.steps is None and self.data.lazy:
+            raise RecipeError("data.lazy: how many steps an epoch has is not known ahead; say `steps`, not `epochs`")
         if self.micro_batch < 1:
             raise RecipeError(f"micro_batch is {self.micro_batch}; it counts packs and must be at least 1")
         if self.keep < 1:

@@ -1,6 +1,6 @@
 """The stages of a run: recipes that follow each other on one model, one optimizer and one line of steps.
 
-    recipe of stage 0 ─▶ plan ──positions of its sources──▶ recipe of stage 1 ─▶ plan-1-… ──▶ …
+    recipe of stage 0 ─▶ plan ──how far it read the sources──▶ recipe of stage 1 ─▶ plan-1-… ──▶ …
 
 A stage that begins continues from the checkpoint at which the one before ended, as a resumed run does: weights, moments
 of what trained before and still trains, counts of steps and tokens. Its plan is its own. A source that goes on starts
@@ -9,12 +9,15 @@ where the earlier plan had read to, at the end of a window, so that nothing is s
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mm.train.checkpoint import Cursors, Position
-from mm.train.dataset import Blueprint, PlannedData, open_data
+from mm.packing.plan import PlanReader, ReadTo
+from mm.train.checkpoint import Finished, Position
+from mm.train.dataset import PlannedData, open_data, open_sources, stage_folder
 from mm.train.recipe import Recipe
+from mm.train.sources import Blueprint
 
 
 class RunError(RuntimeError):
@@ -23,7 +26,7 @@ class RunError(RuntimeError):
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage with its data, planned to its end.
+    """One stage with its data.
 
     begin, end: the steps of the run that it takes, ``range(begin, end)``
     position: where the run stands in it; at its beginning if it has not begun, and then without `tokens`
@@ -45,15 +48,12 @@ class Stage:
         """Packs of the stage's plan that are consumed when this step of the run is done."""
         return self.position.packs + (step - self.position.step) * self.recipe.packing.packs_per_batch
 
-    def cursors(self, packs: int) -> Cursors:
-        """Where a later stage's sources would start after so many packs of this one."""
-        rows = {source.name: source.rows for source in self.data.plan.sources}
-        here = {name: (cursor, rows[name]) for name, cursor in self.data.plan.cursors(packs).items()}
-        return {**self.position.began, **here}
 
-
-def open_stages(recipe: Recipe, folder: Path, position: Position | None = None) -> list[Stage]:
+def open_stages(recipe: Recipe, folder: Path, position: Position | None = None) -> Iterator[Stage]:
     """The stages of a recipe that are not over, and the last one even if it is, planned into `folder`.
+
+    A stage is opened when it is asked for, since it begins where the one before has read to. Its sources are opened
+    before the first one is given, so that a card or a filter that cannot be used is met before training begins.
 
     Args:
         position: of the newest checkpoint; None for a run that has none.
@@ -63,53 +63,82 @@ def open_stages(recipe: Recipe, folder: Path, position: Position | None = None) 
         PlanChanged: a stage was planned for other inputs.
     """
     recipes = recipe.stage_recipes()
-    stages: list[Stage] = []
-    start: Cursors = {}
-    finished: tuple[int, ...] = ()
-    for number, chosen in enumerate(recipes):
-        begin = finished[-1] if finished else 0
-        here = None
-        if position is not None and number < len(position.finished):
-            finished = (*finished, position.finished[number])
-            continue
-        if position is not None and number == len(position.finished):
-            if chosen.steps is not None and position.step == begin + chosen.steps and number + 1 < len(recipes):
-                finished, start = (*finished, position.step), position.sources
-                continue  # what it was planned for may have changed since
-            here, start = position, position.began
-        stage = _open(chosen, folder, number, begin, here, start, finished)
-        stages.append(stage)
-        finished = (*finished, stage.end)
-        start = stage.cursors(stage.packs_at(stage.end))
-    if position is not None and len(position.finished) >= len(recipes):
+    finished = position.finished if position is not None else ()
+    if len(finished) >= len(recipes):
         raise RunError(
-            f"the run has finished {len(position.finished)} stages and the recipe has {len(recipes)}; restore those "
-            "that were taken out, or start a new run with init_from"
+            f"the run has finished {len(finished)} stages and the recipe has {len(recipes)}; restore those that were "
+            "taken out, or start a new run with init_from"
         )
-    return stages
+    here = position
+    if position is not None and len(finished) + 1 < len(recipes):
+        begun, steps = _begin(finished), recipes[len(finished)].steps
+        if steps is not None and position.step == begun + steps:
+            # What this stage was planned for may have changed since: it is not opened again.
+            finished, here = (*finished, Finished(position.step, position.packs)), None
+    for later in recipes[len(finished) + 1 :]:
+        open_sources(later, Blueprint.of(later), later.data.sources, lazy=later.data.lazy)
+    for number in range(len(finished), len(recipes)):
+        stage = _open(recipes[number], folder, number, finished, here)
+        yield stage
+        if number + 1 < len(recipes):
+            packs, here = stage.packs_at(stage.end), None
+            stage.data.plan.ensure(packs, progress=True)
+            finished = (*finished, Finished(stage.end, packs))
+
+
+def read_to(folder: Path, finished: tuple[Finished, ...]) -> dict[str, ReadTo]:
+    """How far the plans of finished stages have read the sources.
+
+    Raises:
+        RunError: a plan is not there any more.
+    """
+    read: dict[str, ReadTo] = {}
+    for number, stage in enumerate(finished):
+        plan = stage_folder(_plan_folder(folder, number), read)
+        if not (plan / "plan.json").exists():
+            raise RunError(
+                f"{plan} is not there: without it nobody knows what stage {number} has seen. Restore the folder, or "
+                "start a new run with init_from"
+            )
+        read |= PlanReader(plan, 1).read_to(stage.packs)
+    return read
+
+
+def _begin(finished: tuple[Finished, ...]) -> int:
+    """The step at which the stage after these begins."""
+    return finished[-1].step if finished else 0
+
+
+def _plan_folder(folder: Path, number: int, kind: str = "plan") -> Path:
+    return folder / (f"{kind}-{number}" if number else kind)
 
 
 def _open(
-    recipe: Recipe,
-    folder: Path,
-    number: int,
-    begin: int,
-    position: Position | None,
-    start: Cursors,
-    finished: tuple[int, ...],
+    recipe: Recipe, folder: Path, number: int, finished: tuple[Finished, ...], position: Position | None
 ) -> Stage:
-    suffix = f"-{number}" if number else ""
-    blueprint = Blueprint.of(recipe)
+    """A stage after some that have finished.
+
+    Args:
+        position: where the run stands in it; None at its beginning.
+    """
+    blueprint, begin = Blueprint.of(recipe), _begin(finished)
     data = open_data(
-        recipe, blueprint, recipe.data.sources, folder / f"plan{suffix}", epochs=recipe.epochs, start=start
+        recipe,
+        blueprint,
+        recipe.data.sources,
+        _plan_folder(folder, number),
+        epochs=recipe.epochs,
+        start=read_to(folder, finished),
+        lazy=recipe.data.lazy,
     )
     held_out = None
     if recipe.data.validation:
-        held_out = open_data(recipe, blueprint, recipe.data.validation, folder / f"validation{suffix}", epochs=1.0)
-        held_out.plan.total_packs()
+        validation = _plan_folder(folder, number, "validation")
+        held_out = open_data(recipe, blueprint, recipe.data.validation, validation, epochs=1.0)
+        held_out.plan.total_packs(progress=True)
     if position is None:
-        position = Position(begin, 0, 0, data.plan.fingerprint, finished, began=start)
-    end = _planned_to_end(recipe, data, begin, position)
+        position = Position(begin, 0, 0, data.plan.fingerprint, finished)
+    end = _last_step(recipe, data, begin, position)
     if position.step > end:
         raise RunError(
             f"the run is at step {position.step}, beyond the end of stage {number} at step {end}; give the stage at "
@@ -118,21 +147,25 @@ def _open(
     return Stage(number, recipe, data, held_out, begin, end, position)
 
 
-def _planned_to_end(recipe: Recipe, data: PlannedData, begin: int, position: Position) -> int:
-    """Plan all packs that a stage needs from where it stands; returns the step at which it ends.
+def _last_step(recipe: Recipe, data: PlannedData, begin: int, position: Position) -> int:
+    """The step at which a stage ends. Where its sources end too, that means to plan them to their end.
 
-    A batch size that changed on resume changes how many steps the rest of an epoch takes.
+    Sources without an end need no more than the packs of the first step; the others are planned while it trains. A
+    batch size that changed on resume changes how many steps the rest of an epoch takes.
 
     Raises:
         RunError: the sources end before.
     """
-    size = recipe.packing.packs_per_batch
+    size, plan = recipe.packing.packs_per_batch, data.plan
     if recipe.steps is None:
-        total = data.plan.total_packs() or 0
+        total = plan.total_packs(progress=True) or 0
         return position.step + -(-(total - position.packs) // size)
     end = begin + recipe.steps
-    planned = data.plan.ensure(position.packs + max(end - position.step, 0) * size)
-    enough = position.step + -(-(planned - position.packs) // size)
+    wanted = position.packs + max(end - position.step, 0) * size
+    if plan.endless:
+        plan.ensure(min(position.packs + size, wanted))
+        return end
+    enough = position.step + -(-(plan.ensure(wanted, progress=True) - position.packs) // size)
     if enough < end:
         raise RunError(
             f"the recipe asks for {recipe.steps} steps and its sources hold enough for {enough - begin}; lower "
