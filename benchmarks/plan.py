@@ -24,7 +24,8 @@ from mm.packing.balance import deal, imbalance, imbalance_bound, side_by_side
 from mm.packing.fit import first_fit_decreasing, in_order, lower_bound
 from mm.packing.hashing import shuffled
 from mm.packing.options import PackingOptions
-from mm.packing.plan import Plan, Rows, Source
+from mm.packing.plan import Plan
+from mm.packing.source import Rows, Source
 
 CAPACITY = 4096
 PLANNED = 1_000_000

@@ -14,8 +14,9 @@ from mm.data.card import Card
 from mm.data.drops import drop
 from mm.data.index import IndexingError, SplitSamples, index_card
 from mm.data.shards import ShardChanged
-from mm.packing.plan import Plan, PlanChanged, PlanReader
+from mm.packing.plan import Plan, PlanChanged
 from mm.packing.source import Source
+from mm.packing.windows import PlanReader
 from mm.train.recipe import Recipe
 from mm.train.stages import open_stages
 from tests.shard_files import write_card, write_tar

@@ -18,7 +18,10 @@ import pytest
 from benchmarks.lengths import mixed_lengths
 from mm.configure import load
 from mm.packing.options import PackingOptions
-from mm.packing.plan import Cursor, PackRows, Plan, PlanChanged, PlanDamaged, PlanReader, Rows, Source
+from mm.packing.plan import Plan, PlanChanged
+from mm.packing.source import Rows, Source
+from mm.packing.streams import Cursor
+from mm.packing.windows import PackRows, PlanDamaged, PlanReader
 
 ROOT = Path(__file__).parent.parent
 OPTIONS = PackingOptions(capacity=512, limits={"image": 8}, batch=8, window=32, shuffle_shards=3)

@@ -14,7 +14,8 @@ import json, resource, sys, time
 import numpy as np
 from benchmarks.lengths import mixed_lengths
 from mm.packing.options import PackingOptions
-from mm.packing.plan import Plan, Rows, Source
+from mm.packing.plan import Plan
+from mm.packing.source import Rows, Source
 
 rows, folder = int(sys.argv[1]), sys.argv[2]
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

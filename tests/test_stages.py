@@ -13,7 +13,8 @@ from torch.distributed.checkpoint import load as load_checkpoint
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from mm.configure import RecipeError
-from mm.packing.plan import Cursor, PlanChanged
+from mm.packing.plan import PlanChanged
+from mm.packing.streams import Cursor
 from mm.train import checkpoint
 from mm.train.checkpoint import Finished
 from mm.train.export import load_trained

@@ -47,7 +47,7 @@ def side_by_side(costs: np.ndarray, size: int, first: int, *keys: int | str) -> 
     cannot be dealt to 8 ranks with less than 3.4 % lost. Groups come from cutting the packs into strips of like encoder
     cost and these into groups of like decoder cost. They follow each other by the multiples of the golden ratio, modulo
     1, among the groups sorted by cost, so that batches differ in cost little more than if packs were drawn at random
-    (2.5 for 1.9 %; with groups in random order 5.3 %).
+    (2.5 for 1.9 %; with groups in random order 5 %).
 
     Args:
         costs: (P, 2) encoder and decoder FLOPs.

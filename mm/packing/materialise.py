@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from mm.packing.batch import Batch
 from mm.packing.collate import Document, LengthMismatch, Owner, Processor
-from mm.packing.plan import PlannedSample, PlanReader
+from mm.packing.windows import PlannedSample, PlanReader
 from mm.sample import BrokenSample, Sample
 
 RETRIES = 4

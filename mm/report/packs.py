@@ -14,7 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 from mm.packing.collate import Processor
-from mm.packing.plan import QUANTITIES, PlannedSample
+from mm.packing.source import QUANTITIES
+from mm.packing.windows import PlannedSample
 from mm.report.page import counted, percent, render, thousands
 from mm.report.turns import Span, Turn, turns_of
 from mm.sample import BrokenSample, Modality, Sample

@@ -21,7 +21,11 @@ from mm.data.index import SplitSamples, fetch_rows_ahead
 from mm.packing.balance import deal
 from mm.packing.hashing import hash64
 from mm.packing.materialise import Materialiser, MicroStep
-from mm.packing.plan import Cursor, PackingOptions, Plan, ReadTo, Source
+from mm.packing.options import PackingOptions
+from mm.packing.plan import Plan
+from mm.packing.source import Source
+from mm.packing.streams import Cursor
+from mm.packing.windows import ReadTo
 from mm.train.parallel import World
 from mm.train.recipe import Recipe, SourceOptions
 from mm.train.sources import Blueprint, OpenSource

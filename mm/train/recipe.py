@@ -11,7 +11,8 @@ from mm import configure
 from mm.configure import RecipeError
 from mm.data.cache import CacheOptions
 from mm.model.multimodal import ModelOptions
-from mm.packing.plan import PackingOptions, Unit
+from mm.packing.options import PackingOptions
+from mm.packing.source import Unit
 from mm.tokenizers.text import TokenizerOptions
 from mm.train.optim import OptimOptions
 from mm.train.parallel import Precision

@@ -29,7 +29,7 @@ from mm.data.where import normal_form, select
 from mm.media import Facts, ImageFacts, PointFacts, SpeechFacts
 from mm.model.multimodal import MultimodalLM, build_model
 from mm.packing.collate import Processor
-from mm.packing.plan import DROPPED, FILTERED, MISSING, QUANTITIES, Rows, Source
+from mm.packing.source import DROPPED, FILTERED, MISSING, QUANTITIES, Rows, Source
 from mm.sample import BrokenSample, Modality
 from mm.tokenizers.text import TextTokenizer
 from mm.train.recipe import DataOptions, Recipe, SourceOptions

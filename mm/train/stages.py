@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mm.packing.plan import PlanReader, ReadTo
+from mm.packing.windows import PlanReader, ReadTo
 from mm.train.checkpoint import Finished, Position
 from mm.train.dataset import PlannedData, open_data, open_sources, stage_folder
 from mm.train.recipe import Recipe
