@@ -16,17 +16,20 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from benchmarks.lengths import IMAGE_TOKENS, Lengths, mixed_lengths
+from mm.configure import load
 from mm.packing.balance import deal, imbalance, imbalance_bound, side_by_side
-from mm.packing.fit import first_fit_decreasing, in_order, lower_bound
+from mm.packing.fit import POLICIES, best_fit, first_fit_decreasing, in_order, lower_bound, next_8_fit
 from mm.packing.hashing import shuffled
 from mm.packing.options import PackingOptions
 from mm.packing.plan import Plan
 from mm.packing.source import Rows, Source
 
+PRESETS = Path(__file__).parent.parent / "packing"
 CAPACITY = 4096
 PLANNED = 1_000_000
 WINDOW = 2048  # packs
@@ -45,22 +48,6 @@ def buffered(lengths: np.ndarray, size: int) -> int:
     )
 
 
-def open_packs(lengths: np.ndarray, number: int) -> int:
-    """Packs of first-fit as samples come with at most `number` packs open; the fullest is closed for a new one."""
-    rooms: list[int] = []
-    packs = 0
-    for length in lengths.tolist():
-        fitting = next((place for place, room in enumerate(rooms) if room >= length), None)
-        if fitting is None:
-            packs += 1
-            if len(rooms) == number:
-                rooms.remove(min(rooms))
-            rooms.append(CAPACITY)
-            fitting = len(rooms) - 1
-        rooms[fitting] -= length
-    return packs
-
-
 def first_fit(mixture: Lengths, limit: int) -> int:
     """Packs of first-fit as samples come with all packs open and a limit on images."""
     rooms = np.empty((len(mixture.tokens), 2), np.int64)
@@ -75,6 +62,24 @@ def first_fit(mixture: Lengths, limit: int) -> int:
     return packs
 
 
+def dot_product(mixture: Lengths, limit: int) -> int:
+    """Packs filled one at a time with the sample that has the largest Σ demand · size · room over tokens and images.
+
+    As Panigrahy et al. 2011, "Heuristics for Vector Bin Packing": demand is the mean of what is left to pack.
+    """
+    cells, left = np.unique(np.column_stack([mixture.tokens, mixture.images]), axis=0, return_counts=True)
+    sizes = cells / [CAPACITY, limit]
+    packs = 0
+    while left.any():
+        packs += 1
+        room = np.array([CAPACITY, limit])
+        while (fits := (cells <= room).all(axis=1) & (left > 0)).any():
+            taken = np.where(fits, sizes @ (left @ sizes * room / [CAPACITY, limit]), -1.0).argmax()
+            left[taken] -= 1
+            room -= cells[taken]
+    return packs
+
+
 def fill_table(samples: int, seeds: int) -> None:
     ways: dict[str, Callable[[np.ndarray], int]] = {
         "one sample a pack (pad each)": len,
@@ -82,9 +87,9 @@ def fill_table(samples: int, seeds: int) -> None:
         "buffer of 8 samples (as nanoVLM's)": lambda lengths: buffered(lengths, 8),
         "buffer of 64 samples": lambda lengths: buffered(lengths, 64),
         "buffer of 256 samples": lambda lengths: buffered(lengths, 256),
-        "first-fit, 8 open packs": lambda lengths: open_packs(lengths, 8),
-        "ours, windows of 2048 packs (a plan)": lambda lengths: planned(lengths)[0],
-        "ours, all at once": lambda lengths: first_fit_decreasing(lengths, CAPACITY).number,
+        "next-8-fit": lambda lengths: next_8_fit(lengths, CAPACITY).number,
+        "best-fit, windows of 2048 packs (a plan)": lambda lengths: planned(lengths)[0],
+        "best-fit, all at once": lambda lengths: best_fit(lengths, CAPACITY).number,
     }
     print(f"\nFill, {samples} samples, capacity {CAPACITY}, no limit on images")
     mixtures = [mixed_lengths(samples, seed=seed).tokens for seed in range(seeds)]
@@ -95,19 +100,35 @@ def fill_table(samples: int, seeds: int) -> None:
 
 def limits_table(samples: int, seeds: int) -> None:
     print(f"\nLower bound / packs with a limit on images, {samples} samples; the second column says what binds")
-    print(f"  {'limit':>5}  {'ΣL/C : Σn/limit':>18}  {'first-fit':>14}  {'ours':>14}  {'fill, ours':>14}")
-    for limit in (2, 4, 6, 8, 9, 10, 11, 12, 16, 32):
-        theirs, ours, fills, ratio = [], [], [], ""
+    policies = [name for name in POLICIES if name != "one-per-pack"]
+    ways = [*policies, "first-fit", "dot product"]
+    print(f"  {'limit':>5}  {'ΣL/C : Σn/limit':>15}" + "".join(f"  {name:>20}" for name in ways))
+    for limit in (4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 32):
+        results: dict[str, list[float]] = {name: [] for name in ways}
+        ratio = ""
         for seed in range(seeds):
             mixture = mixed_lengths(samples, seed=seed)
             mixture = mixture.where(mixture.images <= limit)
             arguments = (mixture.tokens, CAPACITY, mixture.images[:, None], np.array([limit]))
-            bound, packs = lower_bound(*arguments), first_fit_decreasing(*arguments).number
-            theirs.append(100 * bound / first_fit(mixture, limit))
-            ours.append(100 * bound / packs)
-            fills.append(100 * mixture.tokens.sum() / (CAPACITY * packs))
+            packs = {name: POLICIES[name](*arguments).number for name in policies}
+            packs |= {"first-fit": first_fit(mixture, limit), "dot product": dot_product(mixture, limit)}
+            for name in ways:
+                results[name].append(100 * lower_bound(*arguments) / packs[name])
             ratio = f"{mixture.tokens.sum() / CAPACITY:.0f} : {mixture.images.sum() / limit:.0f}"
-        print(f"  {limit:>5}  {ratio:>18}  {spread(theirs)} %  {spread(ours)} %  {spread(fills)} %")
+        print(f"  {limit:>5}  {ratio:>15}" + "".join(f"  {spread(results[name]):>18} %" for name in ways), flush=True)
+
+
+def presets_table(samples: int, seeds: int) -> None:
+    print(f"\nFill of plans with the presets, {samples} samples")
+    for path in sorted(PRESETS.glob("*.yaml")):
+        options = load(PackingOptions, path)
+        fills = []
+        for seed in range(seeds):
+            mixture = mixed_lengths(samples, capacity=options.capacity, seed=seed)
+            mixture = mixture.where(mixture.images <= options.limits.get("image", samples))
+            packs, _ = planned(mixture.tokens, mixture.images, options)
+            fills.append(100 * mixture.tokens.sum() / (options.capacity * packs))
+        print(f"  {path.stem:16} {options.policy:22} {spread(fills)} %")
 
 
 def balance_table(seeds: int) -> None:
@@ -157,7 +178,7 @@ def batches(costs: np.ndarray, size: int) -> Iterator[np.ndarray]:
 def pack_costs(number: int, seed: int, encoder_factor: float) -> np.ndarray:
     """(number, 2) encoder and decoder FLOPs of packs of the mixture, forward and backward, in random order."""
     mixture = mixed_lengths(number * 8, seed=seed)
-    packs = first_fit_decreasing(mixture.tokens, CAPACITY, mixture.images[:, None], np.array([16]))
+    packs = best_fit(mixture.tokens, CAPACITY, mixture.images[:, None], np.array([16]))
     encoder = packs.sums(mixture.image_tokens) / IMAGE_TOKENS * ENCODER_OF_IMAGE
     decoder = CAPACITY * DECODER_OF_TOKEN + packs.sums(mixture.tokens**2) * DECODER_OF_PAIR
     costs = np.column_stack([encoder_factor * encoder, 3 * decoder])
@@ -177,35 +198,43 @@ def levelled(totals: np.ndarray, world: int) -> np.ndarray:
     return np.array([sorted(packs) for packs in ranks]).T
 
 
-def planned(lengths: np.ndarray, images: np.ndarray | None = None, limit: int | None = None) -> tuple[int, float]:
+def planned(
+    lengths: np.ndarray, images: np.ndarray | None = None, options: PackingOptions | None = None
+) -> tuple[int, float]:
     """Packs of a whole plan on disk, and lower bound / packs."""
     shards = 100
+    options = options or PackingOptions(capacity=CAPACITY, policy="best-fit")
     counts = np.zeros((len(lengths), 3), np.int16)
     counts[:, 0] = 0 if images is None else images
-    rows = Rows(np.full(shards, len(lengths) // shards), lengths[:, None].astype(np.int32), counts)
+    rows = Rows(
+        shards=np.diff(np.linspace(0, len(lengths), shards + 1).astype(np.int64)),
+        tokens=lengths[:, None].astype(np.int32),
+        counts=counts,
+        media_end=np.zeros((len(lengths), 1), np.int32),
+    )
     source = Source.of_rows("mixture", rows, np.ones(1), "benchmark")
-    options = PackingOptions(capacity=CAPACITY, limits={} if limit is None else {"image": limit})
     with tempfile.TemporaryDirectory() as folder:
         plan = Plan.open(folder, [source], options, seed=0, epochs=1)
         packs = plan.total_packs() or 0
         return packs, plan.statistics().lower_bound / packs
 
 
-def million(limit: int | None) -> None:
+def million(policy: str, limit: int | None) -> None:
     """Prints time and peak memory of planning a million samples in this process."""
     mixture = mixed_lengths(PLANNED)
+    mixture = mixture.where(mixture.images <= (limit or PLANNED))
+    limits = {} if limit is None else {"image": limit}
     start, cpu = time.perf_counter(), time.process_time()
-    if limit is None:
-        first_fit_decreasing(mixture.tokens, CAPACITY)
-    else:
-        first_fit_decreasing(mixture.tokens, CAPACITY, mixture.images[:, None], np.array([limit]))
+    counts = None if limit is None else mixture.images[:, None]
+    POLICIES[policy](mixture.tokens, CAPACITY, counts, None if limit is None else np.array([limit]))
     at_once, at_once_cpu = time.perf_counter() - start, time.process_time() - cpu
     start, cpu = time.perf_counter(), time.process_time()
-    packs, efficiency = planned(mixture.tokens, mixture.images, limit)
+    options = PackingOptions(capacity=CAPACITY, limits=limits, policy=policy)
+    packs, efficiency = planned(mixture.tokens, mixture.images, options)
     in_windows, in_windows_cpu = time.perf_counter() - start, time.process_time() - cpu
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     print(
-        f"  limit {limit!s:>4}: packed at once {at_once:.1f} s ({at_once_cpu:.1f} s CPU), planned to disk "
+        f"  {policy:20} limit {limit!s:>4}: packed at once {at_once:.1f} s ({at_once_cpu:.1f} s CPU), planned to disk "
         f"{in_windows:.1f} s ({in_windows_cpu:.1f} s CPU), bound / packs {100 * efficiency:.2f} %, {packs} packs, "
         f"peak {peak:.0f} MiB"
     )
@@ -220,23 +249,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=40_000, help="a multiple of 100")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only", nargs="+", choices=("fill", "limits", "balance", "million"))
-    parser.add_argument("--million", type=int, help=argparse.SUPPRESS)  # limit on images; 0: none. A process of its own
+    parser.add_argument("--only", nargs="+", choices=("fill", "limits", "presets", "balance", "million"))
+    # A policy, and a limit on images, 0 for none; a process of its own.
+    parser.add_argument("--million", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.million is not None:
-        million(options.million or None)
+        million(options.million[0], int(options.million[1]) or None)
         return
-    wanted = options.only or ("fill", "limits", "balance", "million")
+    wanted = options.only or ("fill", "limits", "presets", "balance", "million")
     if "fill" in wanted:
         fill_table(options.samples, options.seeds)
     if "limits" in wanted:
         limits_table(options.samples, options.seeds)
+    if "presets" in wanted:
+        presets_table(options.samples, options.seeds)
     if "balance" in wanted:
         balance_table(options.seeds)
     if "million" in wanted:
         print(f"\nTime and memory for {PLANNED} samples, one process each")
-        for limit in (0, 16, 32):
-            subprocess.run([sys.executable, "-m", "benchmarks.plan", "--million", str(limit)], check=True)
+        for policy, limit in (*(("best-fit", limit) for limit in (0, 8, 10, 16, 32)), ("next-8-fit", 16)):
+            subprocess.run([sys.executable, "-m", "benchmarks.plan", "--million", policy, str(limit)], check=True)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import pytest
 
 from benchmarks.lengths import mixed_lengths
 from mm.configure import load
+from mm.packing.fit import POLICIES
 from mm.packing.options import PackingOptions
 from mm.packing.plan import Plan, PlanChanged
 from mm.packing.source import Rows, Source
@@ -391,6 +392,29 @@ def test_a_stage_with_other_blocks_passes_over_the_rest_of_a_block_that_was_begu
     second.total_packs()
     assert not set(seen(first)) & set(seen(second))
     assert len(seen(second)) == 9000 - 3000  # of 9 shards, the 3 of the first block
+
+
+@pytest.mark.parametrize("policy", [name for name, policy in POLICIES.items() if policy.keeps_order])
+def test_a_policy_that_keeps_order_keeps_that_of_every_source_over_the_whole_plan(policy, tmp_path):
+    displacement = POLICIES[policy].displacement
+    assert displacement is not None
+    sources = [source(), source("pages", 300, shards=3, seed=1)]
+    plan = Plan.open(tmp_path, sources, replace(OPTIONS, policy=policy), seed=0, epochs=1)
+    packs = plan.total_packs() or 0
+    for number, rows in ((0, 900), (1, 300)):
+        found = [
+            (pack, row)
+            for pack in range(packs)
+            for row in numbers(plan, plan.pack(pack))[plan.pack(pack).source == number].tolist()
+        ]
+        assert sorted(row for _, row in found) == list(range(rows))
+        in_order = dict(map(reversed, found))
+        behind = np.maximum.accumulate([in_order[row] for row in range(rows)]) - [in_order[row] for row in range(rows)]
+        assert behind.max() <= displacement
+        thirds = np.array_split(np.array([row for _, row in found]), 3)  # sources go on side by side, not in turns
+        assert all(abs(third.mean() / rows - (2 * k + 1) / 6) < 0.05 for k, third in enumerate(thirds))
+    half = seen(plan, packs // 2)
+    assert abs(sum(number == 1 for number, *_ in half) / len(half) - 0.25) < 0.05
 
 
 def test_statistics_add_up(tmp_path):

@@ -25,7 +25,8 @@ class PackingOptions:
     shuffle_shards: shards whose rows are shuffled together. Reads stay within this many shards a source
     too_long: what happens to a sample with more tokens than `capacity`: ``drop`` it, or ``truncate`` its text at the
         end if no media item is cut by that, and else drop it
-    policy: ``first-fit-decreasing``, ``in-order`` (next-fit) or ``one-per-pack`` (no packing)
+    policy: ``best-fit``; ``first-fit-decreasing``, the textbook's; ``in-order`` (next-fit) and ``next-8-fit`` for
+        curricula, which keep the order in which shards hold their samples; or ``one-per-pack`` (no packing)
     """
 
     capacity: int = 4096
@@ -36,7 +37,7 @@ class PackingOptions:
     alike: int = 8
     shuffle_shards: int = 8
     too_long: str = "drop"
-    policy: str = "first-fit-decreasing"
+    policy: str = "best-fit"
 
     def __post_init__(self) -> None:
         for name in ("capacity", "window", "alike", "shuffle_shards"):

@@ -26,7 +26,7 @@ from filelock import FileLock
 
 from mm.data.passes import bar
 from mm.packing.balance import side_by_side
-from mm.packing.fit import POLICIES, Packs, lower_bound
+from mm.packing.fit import POLICIES, Packs, Policy, lower_bound
 from mm.packing.hashing import shuffled
 from mm.packing.options import PackingOptions
 from mm.packing.source import Source, Unit
@@ -353,23 +353,20 @@ class Plan(PlanReader):
         taken, quotas, ended = self._take(before)
         rows = np.concatenate([before.carried, *(part.rows for part in taken)])
         rows["carried"][: len(before.carried)] = True
-        rows = rows[shuffled(len(rows), self.seed, "samples", window)]
+        policy = POLICIES[self.options.policy]
+        rows = rows[_in_step(rows) if policy.keeps_order else shuffled(len(rows), self.seed, "samples", window)]
         counts = rows["counts"][:, self._limited]
-        packs = POLICIES[self.options.policy](rows["length"], self.options.capacity, counts, self._limits)
+        packs = policy(rows["length"], self.options.capacity, counts, self._limits)
 
         keep = np.ones(packs.number, bool)
         if not ended and packs.number:
-            used = np.column_stack([packs.sums(rows["length"]), packs.sums(counts)])
-            fullness = (used / np.maximum([self.options.capacity, *self._limits], 1)).max(axis=1)
-            # A sample waits for one window at most, however badly it fits.
-            fullness[packs.sums(rows["carried"]) > 0] = 1.0
-            worst = np.argsort(fullness, kind="stable")[: max(1, packs.number // CARRIED)]
-            worst = worst[fullness[worst] < 1.0]
-            keep[worst[self._balanced(packs.take(worst), rows, quotas)]] = False
+            keep[self._waiting(packs, rows, counts, quotas, policy)] = False
         carried = rows[packs.take(np.flatnonzero(~keep)).order]
         packs = packs.take(np.flatnonzero(keep))
         costs = np.column_stack([packs.sums(rows["media_flops"]), packs.sums(self._flops(rows["length"]))])
-        order = side_by_side(costs, self.options.alike, self.planned, self.seed, "packs", window)
+        order = np.arange(packs.number)
+        if not policy.keeps_order:
+            order = side_by_side(costs, self.options.alike, self.planned, self.seed, "packs", window)
         packs, costs = packs.take(order), costs[order]
         media = rows["media_tokens"]
         rows = rows[packs.order]
@@ -435,6 +432,22 @@ class Plan(PlanReader):
             stream.take(cursor, quota) for stream, cursor, quota in zip(self._streams, cursors, quotas, strict=True)
         ]
 
+    def _waiting(
+        self, packs: Packs, rows: np.ndarray, counts: np.ndarray, quotas: Quotas, policy: Policy
+    ) -> np.ndarray:
+        """Numbers of the packs that are opened again in the next window: the least full, or the last one of an order.
+
+        A sample waits for one window at most, however badly it fits.
+        """
+        free = packs.sums(rows["carried"]) == 0
+        if policy.keeps_order:
+            return np.flatnonzero(free)[-1:] if free[-1] else np.empty(0, np.int64)
+        used = np.column_stack([packs.sums(rows["length"]), packs.sums(counts)])
+        fullness = (used / np.maximum([self.options.capacity, *self._limits], 1)).max(axis=1)
+        worst = np.argsort(np.where(free, fullness, 1.0), kind="stable")[: max(1, packs.number // CARRIED)]
+        worst = worst[free[worst] & (fullness[worst] < 1.0)]
+        return worst[self._balanced(packs.take(worst), rows, quotas)]
+
     def _balanced(self, packs: Packs, rows: np.ndarray, quotas: Quotas) -> np.ndarray:
         """Numbers of the packs, from the first on, that can wait for the next window and move no share by `SKEW`."""
         amounts = np.ones(len(rows), np.int64) if self._streams[0].in_samples else rows["length"].astype(np.int64)
@@ -449,6 +462,18 @@ class Plan(PlanReader):
                 waiting.append(number)
                 moved += skew
         return np.array(waiting, np.int64)
+
+
+def _in_step(rows: np.ndarray) -> np.ndarray:
+    """(k,) order of the rows of a window in which every source keeps its own and goes on as fast as the others.
+
+    What waited comes first.
+    """
+    progress = np.zeros(len(rows))
+    for source in np.unique(rows["source"]):
+        mine = np.flatnonzero((rows["source"] == source) & ~rows["carried"])
+        progress[mine] = np.cumsum(rows["length"][mine]) / max(rows["length"][mine].sum(), 1)
+    return np.argsort(progress, kind="stable")
 
 
 def _shares(

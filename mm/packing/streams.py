@@ -4,6 +4,8 @@ epoch ─▶ shards permuted ─▶ blocks of some shards ─▶ rows of a block
                                                                                  │ fits? drop, truncate
 Cursor(epoch, shard, span, row): row `row` of the block of `span` shards from    ▼
 place `shard` of the epoch's order on                                            table of rows (`row_table`)
+
+For a packing policy that keeps order nothing is permuted.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import NamedTuple, get_args
 import numpy as np
 
 from mm.data.passes import bar
+from mm.packing.fit import POLICIES
 from mm.packing.hashing import hash64, shuffled
 from mm.packing.options import PackingOptions
 from mm.packing.source import EXCLUSIONS, Rows, Source, Unit
@@ -129,6 +132,7 @@ class Stream:
         self.capacity = options.capacity
         self.truncates = options.too_long == "truncate"
         self.shuffle_shards = options.shuffle_shards
+        self.keeps_order = POLICIES[options.policy].keeps_order
         self.limits = np.array([options.limits.get(name, np.iinfo(np.int64).max) for name in source.quantities])
         epochs = source.epochs if source.epochs is not None else epochs
         self.epochs = epochs
@@ -283,7 +287,8 @@ class Stream:
     def _shards(self, epoch: int) -> np.ndarray:
         """(S,) numbers of the shards in the order of an epoch."""
         if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, shuffled(self.source.shards, self.seed, self.source.name, epoch, "shards"))
+            number, keys = self.source.shards, (self.seed, self.source.name, epoch, "shards")
+            self._order = (epoch, np.arange(number) if self.keeps_order else shuffled(number, *keys))
         return self._order[1]
 
     def _block_at(self, cursor: Cursor) -> _Block:
@@ -295,7 +300,7 @@ class Stream:
             member = np.repeat(np.arange(len(members)), rows.shards)
             row = np.arange(len(member)) - np.repeat(rows.starts[:-1], rows.shards)
             key = hash64(self.seed, self.source.name, cursor.epoch, "rows", members[member], row)
-            order = np.argsort(key, kind="stable")
+            order = np.arange(len(row)) if self.keeps_order else np.argsort(key, kind="stable")
             self._block = _Block(cursor.epoch, cursor.shard, len(members), members, rows, order, member, row)
         return self._block
 
