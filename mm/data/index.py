@@ -28,10 +28,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock
 
-from mm.data.cache import fetch_ahead
+from mm.data.cache import Content, fetch_ahead
 from mm.data.card import Card
 from mm.data.passes import each_shard, read_stamp, write_table
-from mm.data.shards import Place, Scanned, Shard, ShardFingerprint, ShardStat, is_remote
+from mm.data.shards import Place, Scanned, Shard, ShardFingerprint, ShardStat
 from mm.media import BrokenMedia, Facts, ImageFacts, PointFacts, SpeechFacts, facts
 from mm.sample import BrokenSample, Modality, Sample, Text
 
@@ -246,13 +246,13 @@ class _Reader:
 
 
 def fetch_rows_ahead(indexes: Sequence[Index], source: np.ndarray, row: np.ndarray) -> None:
-    """Fetches the remote shards of rows that come next into their cache, in the background and in that order.
+    """Has the cache make what it keeps of the shards of rows that come next, in the background and in that order.
 
     Args:
         source: (k,) which of the indexes each row is of.
         row: (k,) its number there.
     """
-    coming: list[tuple[int, str, ShardStat]] = []
+    coming: list[tuple[int, Content]] = []
     for number, index in enumerate(indexes):
         if index.card.cache is None:
             continue
@@ -260,11 +260,12 @@ def fetch_rows_ahead(indexes: Sequence[Index], source: np.ndarray, row: np.ndarr
         shards = np.searchsorted(index.starts, row[positions], side="right") - 1
         for shard, first in zip(*np.unique(shards, return_index=True), strict=True):
             entry = index.shards[shard]
-            if is_remote(entry.shard):
-                coming.append((int(positions[first]), entry.shard, entry.stat))
+            content = index.card.kept(entry.shard, entry.stat)
+            if content is not None:
+                coming.append((int(positions[first]), content))
     if coming:
         cache = next(index.card.cache for index in indexes if index.card.cache is not None)
-        fetch_ahead(cache, [(path, stat) for _, path, stat in sorted(coming)])
+        fetch_ahead(cache, [content for _, content in sorted(coming, key=lambda one: one[0])])
 
 
 def shard_places(folder: Path, entry: ShardIndex) -> np.ndarray:
@@ -329,7 +330,7 @@ def _current(card: Card, folder: Path, shard: str) -> ShardIndex | None:
     """What is known of a shard if it has not changed, by size and version."""
     file = _file(card, folder, shard)
     entry = _load_entry(file)
-    return entry if entry and card.open(shard).file.stat() == entry.stat else None
+    return entry if entry and card.stat(shard) == entry.stat else None
 
 
 def _index_shard(card: Card, folder: Path, shard: str) -> ShardIndex:
@@ -339,7 +340,7 @@ def _index_shard(card: Card, folder: Path, shard: str) -> ShardIndex:
         entry = _current(card, folder, shard)
         if entry is not None:
             return entry
-        stat = card.open(shard).file.stat()
+        stat = card.stat(shard)
         opened = card.open(shard, stat)
         fingerprint = opened.file.fingerprint()
         before = _load_entry(file)

@@ -24,6 +24,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
 
@@ -182,7 +183,9 @@ class RemoteFile(ShardFile):
         return ShardStat(info["size"], next((str(info[key]) for key in self._VERSIONS if info.get(key)), ""))
 
     def fingerprint(self) -> ShardFingerprint:
-        return remote_fingerprint(self.stat())
+        stat = self.stat()
+        digest = hashlib.blake2b(f"{stat.size} {stat.version}".encode(), digest_size=16)
+        return ShardFingerprint(stat.size, digest.hexdigest())
 
     def read(self, offset: int, size: int) -> bytes:
         return _retried(self.path, lambda: self._range(offset, size))
@@ -211,10 +214,22 @@ class RemoteFile(ShardFile):
         """Requests keep nothing open."""
 
 
-def remote_fingerprint(stat: ShardStat) -> ShardFingerprint:
-    """Fingerprint of a shard behind a URL, the same whether it is read there or from a copy."""
-    digest = hashlib.blake2b(f"{stat.size} {stat.version}".encode(), digest_size=16)
-    return ShardFingerprint(stat.size, digest.hexdigest())
+class PinnedFile(RemoteFile):
+    """A remote shard of known size and version. The server is not asked before it is read from."""
+
+    def __init__(self, path: str, stat: ShardStat) -> None:
+        super().__init__(path)
+        self._stat = stat
+        self._read = False
+
+    def stat(self) -> ShardStat:
+        return super().stat() if self._read else self._stat
+
+    def read(self, offset: int, size: int) -> bytes:
+        if not self._read:
+            self._read = True
+            check_unchanged(self, self._stat)
+        return super().read(offset, size)
 
 
 def buffered_stream(file: ShardFile, size: int) -> IO[bytes]:
@@ -626,7 +641,16 @@ class ParquetShard(Shard):
         super().__init__(file, expected)
         self.columns = frozenset(columns)
         self._parquet: pq.ParquetFile | None = None
-        self._starts: list[int] = []  # number of the first row of every row group
+
+    @cached_property
+    def starts(self) -> list[int]:
+        """Number of the first row of every row group, and behind them that of all rows."""
+        return list(itertools.accumulate(self.row_groups(), initial=0))
+
+    def row_groups(self) -> list[int]:
+        """Number of rows of every row group."""
+        metadata = self.metadata
+        return [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
 
     @property
     def metadata(self) -> pq.FileMetaData:
@@ -641,7 +665,7 @@ class ParquetShard(Shard):
 
     def scan(self) -> Iterator[Scanned]:
         try:
-            groups = self.metadata.num_row_groups
+            groups = len(self.starts) - 1
         except (pa.ArrowException, OSError) as error:
             _raise_if_disk(error)
             yield Scanned("", (0, 0), None, f"not a readable parquet file: {error}")
@@ -650,7 +674,7 @@ class ParquetShard(Shard):
             yield from self._scan_group(group)
 
     def _scan_group(self, group: int) -> Iterator[Scanned]:
-        first, row = self._starts[group], 0
+        first, row = self.starts[group], 0
         try:
             for batch in self.batches(group):
                 for fields in batch.to_pylist():
@@ -658,7 +682,7 @@ class ParquetShard(Shard):
                     yield Scanned(key, (group, row), Record(key, fields))
                     row += 1
         except DamagedRows as damage:
-            lost = self._starts[group + 1] - first - row
+            lost = self.starts[group + 1] - first - row
             reason = f"damaged parquet file: {lost} rows of row group {group} are lost: {damage}"
             yield Scanned(str(first + row), (group, row), None, reason)
 
@@ -678,12 +702,12 @@ class ParquetShard(Shard):
 
     def _record(self, place: Place) -> Record:
         group, row = place
-        if group >= self.metadata.num_row_groups:
-            raise ShardChanged(f"{self.path}: no row group {group} in {self.metadata.num_row_groups}")
+        if group >= len(self.starts) - 1:
+            raise ShardChanged(f"{self.path}: no row group {group} in {len(self.starts) - 1}")
         table = _row_groups.get((self.path, self.expected, group, self.columns), lambda: self._read_group(group))
         if row >= table.num_rows:
             raise ShardChanged(f"{self.path}: no row {row} in row group {group}, which has {table.num_rows}")
-        return Record(str(self._starts[group] + row), table.slice(row, 1).to_pylist()[0])
+        return Record(str(self.starts[group] + row), table.slice(row, 1).to_pylist()[0])
 
     def _read_group(self, group: int) -> pa.Table:
         """A row group as far as it can be decoded."""
@@ -696,9 +720,6 @@ class ParquetShard(Shard):
     def _open(self) -> pq.ParquetFile:
         if self._parquet is None:
             self._parquet = pq.ParquetFile(self.file.stream())
-            metadata = self._parquet.metadata
-            rows = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
-            self._starts = list(itertools.accumulate(rows, initial=0))
         return self._parquet
 
     def close(self) -> None:
