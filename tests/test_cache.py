@@ -28,7 +28,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from mm.cli import app
 from mm.configure import RecipeError
 from mm.data import cache as cache_module
 from mm.data import columns
@@ -1155,6 +1157,59 @@ def test_two_trainings_share_a_cache_and_lose_what_local_ones_do(
     assert [run.returncode for run in runs] == [0, 0], outputs
     assert losses(tmp_path / "one") == losses(tmp_path / "two") == losses(tmp_path / "local" / "run")
     assert server.sent == sum(file.stat().st_size for file in server.folder.iterdir())
+
+
+# ----------------------------------------------------------------------------------------------------------- commands
+
+
+@pytest.mark.parametrize("format", ["webdataset", "parquet"])
+def test_commands_with_a_cache_transfer_a_set_once_and_leave_it_to_training(
+    tmp_path: Path, server: Server, format: str
+) -> None:
+    if format == "parquet":
+        files = [write_rows(server.folder / f"{n}.parquet", 100, 50, first=100 * n) for n in range(3)]
+        card = parquet_card(tmp_path, f"{server.url}/{{0..2}}.parquet", None)
+    else:
+        card = remote_card(tmp_path, server, rows=100)
+        files = list(server.folder.iterdir())
+    size = sum(file.stat().st_size for file in files)
+    cache = ["--cache", "10MB", "--cache-folder", str(tmp_path / "cache")]
+    index = ["--folder", str(tmp_path / "index")]
+
+    def run(*command: str) -> str:
+        result = CliRunner().invoke(app, [*command, *cache])
+        assert result.exit_code in (0, 1), result.output  # 1: the check has something to say
+        return result.output
+
+    footers = 3 * 64 * KB if format == "parquet" else 0
+    assert "300 samples in 3 shards" in run("index", str(card.path), "--processes", "2", *index)
+    assert size <= server.sent + footers <= size + 2 * footers
+    server.forget()
+    assert "'caption 299'" in run("data", "show", str(card.path), "299", *index)
+    run("data", "check", str(card.path), "--processes", "0")
+    assert "dropped so far" in run("data", "drop", str(card.path), *index)
+    assert server.sent == 0
+    rows = index_card(replace(card, cache=cache_in(tmp_path)), "train", tmp_path / "index", progress=False)
+    assert texts(rows) == [f"caption {i}" for i in range(300)]
+    assert server.sent == 0
+
+
+def test_what_the_doctor_saw_is_not_transferred_again(tmp_path: Path, server: Server) -> None:
+    card = remote_card(tmp_path, server, rows=100)
+    cache = ["--cache", "10MB", "--cache-folder", str(tmp_path / "cache")]
+    result = CliRunner().invoke(app, ["doctor", *card.shards("train"), *cache])
+    assert result.exit_code == 0, result.output
+    server.forget()
+    rows = index_card(replace(card, cache=cache_in(tmp_path)), "train", tmp_path / "index", progress=False)
+    assert texts(rows) == [f"caption {i}" for i in range(300)]
+    assert server.sent == 0
+
+
+def test_a_limit_that_is_no_size_is_refused_by_commands(tmp_path: Path, server: Server) -> None:
+    card = remote_card(tmp_path, server)
+    result = CliRunner().invoke(app, ["index", str(card.path), "--cache", "lots"])
+    assert isinstance(result.exception, RecipeError)
+    assert "--cache: 'lots' is no number of bytes" in str(result.exception)
 
 
 # ------------------------------------------------------------------------------------------------------------- recipe

@@ -120,8 +120,7 @@ def survey(card: Card, shard: str) -> Survey:
     notes = _Notes(card)
     unreadable = None
     try:
-        opened = card.open(shard)
-        opened.expected = opened.file.stat()
+        opened = card.open(shard, card.stat(shard))
         for scanned in opened.scan():
             notes.add(scanned)
             if _counter is not None:
