@@ -45,6 +45,7 @@ from mm.train.dataset import Blueprint, PlannedData, open_data
 from mm.train.loop import load_batches
 from mm.train.parallel import World
 from mm.train.recipe import Recipe
+from tests.processes import wait_until
 from tests.shard_files import jpeg, pairs, text_length, words, write_card, write_tar
 from tests.small_world import environment, losses, train_apart, write_recipe
 
@@ -199,13 +200,6 @@ def start(cache: ShardCache, path: str, stat: ShardStat, script: str) -> subproc
         stderr=subprocess.STDOUT,
         text=True,
     )
-
-
-def wait_until(condition: Callable[[], Any], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.005)
 
 
 # ----------------------------------------------------------------------------------------------------------- transfer
