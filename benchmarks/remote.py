@@ -1,4 +1,5 @@
-"""Requests and bytes that remote shards cost, read in place and through a cache, as a local HTTP server counts them.
+"""What shards cost to read: requests and bytes of remote ones, in place and through a cache, as a local HTTP server
+counts them, and the processor's time of local ones.
 
 The samples are read in shuffled order over all shards, as within a block of a plan. Of parquet, decoded row groups are
 kept up to a sixteenth of the shards, as 256 MiB are of eight shards of 500 MB.
@@ -15,6 +16,7 @@ import logging
 import tarfile
 import tempfile
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +30,7 @@ from mm.data import columns
 from mm.data import shards as shards_module
 from mm.data.cache import ShardCache
 from mm.data.card import Card
-from mm.data.index import index_card
+from mm.data.index import Index, index_card
 from mm.sample import Sample
 
 ROW_GROUP = 100  # rows
@@ -118,7 +120,19 @@ def length(sample: Sample) -> int:
     return len(sample.parts)
 
 
-def measure(format: str, shards: int, samples: int, limit: float | None) -> None:
+def shuffled_epoch(index: Index, seed: int) -> None:
+    for row in np.random.default_rng(seed).permutation(index.rows).tolist():
+        index.sample(row)
+
+
+def with_cache(card: Card, limit: float | None, folder: Path, size: int) -> tuple[Card, str]:
+    """The card with a cache of a share of its shards, and what to call that."""
+    if limit is None:
+        return card, "in place"
+    return replace(card, cache=ShardCache(folder / "cache", int(limit * size))), f"cache, {limit:.0%}"
+
+
+def measure_remote(format: str, shards: int, samples: int, limit: float | None) -> None:
     """Prints a line a phase. `limit`: of the cache, as a share of the shards; None reads in place."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "served"
@@ -129,9 +143,7 @@ def measure(format: str, shards: int, samples: int, limit: float | None) -> None
         card = Card.load(write_shards(folder, format, shards, samples, url))
         size = sum(file.stat().st_size for file in folder.iterdir())
         shards_module.ROW_GROUP_CACHE = size // 16
-        if limit is not None:
-            card = replace(card, cache=ShardCache(Path(temporary) / "cache", int(limit * size)))
-        how = "in place" if limit is None else f"cache, {limit:.0%}"
+        card, how = with_cache(card, limit, Path(temporary), size)
 
         def phase(name: str) -> None:
             each, share = server.requests / (shards * samples), server.sent / size
@@ -143,10 +155,31 @@ def measure(format: str, shards: int, samples: int, limit: float | None) -> None
         columns.compute(index, "length", "1", length, pa.int32(), progress=False)
         phase("text lengths")
         for epoch in range(2):
-            for row in np.random.default_rng(epoch).permutation(index.rows).tolist():
-                index.sample(row)
+            shuffled_epoch(index, epoch)
             phase(f"epoch {epoch + 1}")
         server.shutdown()
+
+
+def measure_local(format: str, shards: int, samples: int, limit: float | None, epochs: int = 5) -> None:
+    """Prints the processor's time for a sample in the first epoch, and in those after it."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "shards"
+        folder.mkdir()
+        card = Card.load(write_shards(folder, format, shards, samples, str(folder)))
+        size = sum(file.stat().st_size for file in folder.iterdir())
+        shards_module.ROW_GROUP_CACHE = size // 16
+        card, how = with_cache(card, limit, Path(temporary), size)
+        index = index_card(card, "train", Path(temporary) / "index", progress=False)
+        spent = []
+        for epoch in range(epochs):
+            began = time.process_time()
+            shuffled_epoch(index, epoch)
+            spent.append((time.process_time() - began) / index.rows * 1e6)
+        later = sorted(spent[1:])
+        print(
+            f"| {format} | {how} | {spent[0]:.0f} | {np.median(later):.0f} ({later[0]:.0f} to {later[-1]:.0f}) |",
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -158,7 +191,10 @@ def main() -> None:
     print("| format | read | phase | requests a sample | bytes / bytes of the shards |")
     for format in ("webdataset", "parquet"):
         for limit in (None, 1.1, 0.5):
-            measure(format, options.shards, options.samples, limit)
+            measure_remote(format, options.shards, options.samples, limit)
+    print("\n| format, local | read | µs of CPU a sample, first epoch | later epochs |")
+    for format, limit in (("webdataset", None), ("parquet", None), ("parquet", 1.1)):
+        measure_local(format, options.shards, options.samples, limit)
 
 
 if __name__ == "__main__":

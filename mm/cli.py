@@ -7,8 +7,9 @@ if not __package__:
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -17,6 +18,10 @@ from rich.table import Table
 
 from mm import configure
 from mm.configure import RecipeError
+
+if TYPE_CHECKING:
+    from mm.data.cache import ShardCache
+    from mm.data.card import Card
 
 # OpenMP threads that spin long for each other make a busy machine several times slower (docs/demo.md). GNU's library
 # reads this when torch is imported; a policy of the user's own stands.
@@ -73,6 +78,37 @@ def copy_preset(
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(source.read_bytes())
     typer.echo(f"{source} → {target}")
+
+
+# -------------------------------------------------------------------------------------------------------------- cache
+
+CacheLimit = Annotated[
+    str | None,
+    typer.Option(
+        "--cache", help="keep remote shards on disk, up to so much, such as 100GB; else they are read in place"
+    ),
+]
+CacheFolder = Annotated[Path, typer.Option(help="where --cache keeps them, as data.cache.folder of a recipe")]
+CACHE_FOLDER = Path("~/.cache/mm/shards")
+
+
+def open_cache(limit: str | None, folder: Path) -> ShardCache | None:
+    """The cache that a recipe with this limit and folder would use, so that nothing is transferred twice."""
+    from mm.data.cache import CacheOptions
+
+    if limit is None:
+        return None
+    try:
+        return CacheOptions(str(folder), limit).open()
+    except ValueError as error:
+        raise RecipeError(f"--cache: {error}") from error
+
+
+def load_card(path: Path, limit: str | None, folder: Path) -> Card:
+    """A card whose shards are read through the cache, if there is to be one."""
+    from mm.data.card import Card
+
+    return replace(Card.load(path), cache=open_cache(limit, folder))
 
 
 # ----------------------------------------------------------------------------------------------------------- training
@@ -141,12 +177,14 @@ def doctor(
     parameters: Annotated[float, typer.Option(help="of the model, for the GPU hours")] = 2e9,
     seconds: Annotated[float, typer.Option(help="how long to look")] = 60.0,
     samples: Annotated[int, typer.Option(help="how many samples to look at, at most")] = 10_000,
+    cache: CacheLimit = None,
+    cache_folder: CacheFolder = CACHE_FOLDER,
 ) -> None:
     """Look at any shards for a minute: fields, a card for them, bad samples, histograms, packs, GPU hours."""
     from mm.train.doctor import LookOptions, look
 
     options = LookOptions(capacity, tokenizer, image_tokens, parameters, seconds, samples)
-    for part in look(shards, options).report():
+    for part in look(shards, options, open_cache(cache, cache_folder)).report():
         if isinstance(part, str):
             typer.echo(part)
         else:
@@ -241,12 +279,14 @@ def index(
     split: Annotated[str, typer.Option(help="split of the card")] = "train",
     folder: Annotated[Path, typer.Option(help="where indexes are kept")] = Path("~/.cache/mm/index"),
     processes: Annotated[int, typer.Option(help="how many work in parallel; 0 is this one")] = 0,
+    cache: CacheLimit = None,
+    cache_folder: CacheFolder = CACHE_FOLDER,
 ) -> None:
     """Index a split of a card: one pass over its shards that later runs share. Unreadable samples are listed."""
-    from mm.data.card import Card
     from mm.data.index import index_card
 
-    console.print(index_card(Card.load(card), split, folder.expanduser(), processes).summary(), highlight=False)
+    rows = index_card(load_card(card, cache, cache_folder), split, folder.expanduser(), processes)
+    console.print(rows.summary(), highlight=False)
 
 
 @data_app.command("build")
@@ -277,14 +317,15 @@ def show_sample(
     split: Annotated[str, typer.Option(help="split of the card")] = "train",
     folder: Annotated[Path, typer.Option(help="where indexes are kept")] = Path("~/.cache/mm/index"),
     save: Annotated[Path | None, typer.Option(help="folder to write the sample's media files to")] = None,
+    cache: CacheLimit = None,
+    cache_folder: CacheFolder = CACHE_FOLDER,
 ) -> None:
     """Show one sample of a card, part by part."""
     from mm import media
-    from mm.data.card import Card
     from mm.data.index import index_card
     from mm.sample import Text
 
-    rows = index_card(Card.load(card), split, folder.expanduser())
+    rows = index_card(load_card(card, cache, cache_folder), split, folder.expanduser())
     sample = rows.sample(row)
     console.print(f"[bold]{escape(sample.key)}[/bold], row {row} of {rows.rows} in {escape(sample.source)}/{split}")
     for number, part in enumerate(sample.parts):
@@ -307,13 +348,14 @@ def check_data(
     write: Annotated[bool, typer.Option("--write", help="put the measured statistics into the card's file")] = False,
     processes: Annotated[int | None, typer.Option(help="how many work in parallel; all cores, at most 16")] = None,
     near: Annotated[int, typer.Option(help="bits of 64 by which pictures that resemble each other differ")] = 8,
+    cache: CacheLimit = None,
+    cache_folder: CacheFolder = CACHE_FOLDER,
 ) -> None:
     """Verify a card: decode everything, find duplicates in and across splits, measure. Exit status 1 if it is wrong."""
-    from mm.data.card import Card
     from mm.data.check import check_card
     from mm.data.statistics import as_yaml, merged, write_statistics
 
-    report = check_card(Card.load(card), split, processes, near)
+    report = check_card(load_card(card, cache, cache_folder), split, processes, near)
     for table in report.tables():
         console.print(table)
     statistics = merged(report.card, report.statistics)
@@ -336,14 +378,15 @@ def drop_samples(
     undo: Annotated[bool, typer.Option("--undo", help="take them back in")] = False,
     split: Annotated[str, typer.Option(help="split of the card")] = "train",
     folder: Annotated[Path, typer.Option(help="where indexes are kept")] = Path("~/.cache/mm/index"),
+    cache: CacheLimit = None,
+    cache_folder: CacheFolder = CACHE_FOLDER,
 ) -> None:
     """Leave samples out of every new plan. A file beside the card lists them; shards stay as they are."""
-    from mm.data.card import Card
     from mm.data.drops import drop, dropped_rows, drops_file
     from mm.data.index import index_card
     from mm.data.labels import printable
 
-    rows = index_card(Card.load(card), split, folder.expanduser())
+    rows = index_card(load_card(card, cache, cache_folder), split, folder.expanduser())
     changed = drop(rows, samples, undo) if samples else dropped_rows(rows).nonzero()[0].tolist()
     for row in changed:
         console.print(f"{printable(rows.key[row].as_py())}, row {row}", highlight=False)

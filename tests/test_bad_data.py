@@ -421,6 +421,21 @@ def test_a_damaged_row_group_costs_its_rows_only(tmp_path: Path) -> None:
     assert words(index.sample(3)) == ["t6"]
 
 
+def test_rows_before_the_damage_in_a_row_group_are_read(tmp_path: Path) -> None:
+    texts = [" ".join([f"words {i}"] * 50) for i in range(3000)]
+    file, form = tmp_path / "0.parquet", {"compression": "snappy", "use_dictionary": False, "data_page_size": 2000}
+    pq.write_table(pa.table({"text": texts}), file, **form)
+    data = bytearray(file.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 3000] = b"\xff" * 3000
+    file.write_bytes(data)
+    index = indexed(write_card(tmp_path, "0.parquet", [{"text": "text"}], format="parquet"), tmp_path)
+    ((_, reason),) = errors(index)
+    assert reason.startswith(f"damaged parquet file: {3000 - index.rows} rows of row group 0 are lost")
+    assert 0 < index.rows < 3000
+    assert [words(index.sample(row)) for row in (0, index.rows - 1)] == [[texts[0]], [texts[index.rows - 1]]]
+
+
 # ------------------------------------------------------------------------------------------------ disks and networks
 
 
@@ -440,6 +455,21 @@ def test_a_network_that_stays_away_stops_the_pass_and_changes_nothing(tmp_path: 
             indexed(write_card(tmp_path, f"{server.url}/0.tar"), tmp_path)
         server.shutdown()
     assert not list((tmp_path / "index").glob("*.parquet"))
+
+
+def test_a_network_that_stays_away_is_not_taken_for_a_damaged_parquet(tmp_path: Path) -> None:
+    (tmp_path / "served").mkdir()
+    table = pa.table({"text": [f"t{i}" for i in range(9)]})
+    pq.write_table(table, tmp_path / "served" / "0.parquet", row_group_size=3)
+    with RangeServer(tmp_path / "served") as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        card = write_card(tmp_path, f"{server.url}/0.parquet", [{"text": "text"}], format="parquet")
+        server.failures = 100
+        with pytest.raises(OSError, match="failed three times"):
+            indexed(card, tmp_path)
+        server.failures = 0
+        assert indexed(card, tmp_path).rows == 9
+        server.shutdown()
 
 
 def test_a_server_that_ignores_ranges_is_refused(tmp_path: Path) -> None:

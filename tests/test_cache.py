@@ -28,21 +28,26 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from mm.cli import app
 from mm.configure import RecipeError
 from mm.data import cache as cache_module
+from mm.data import columns
 from mm.data import shards as shards_module
-from mm.data.cache import CachedFile, ShardCache, fetch_ahead, parse_bytes
+from mm.data.cache import ShardCache, ShardCopy, fetch_ahead, parse_bytes
 from mm.data.card import Card
 from mm.data.index import Index, SplitSamples, fetch_rows_ahead, index_card
-from mm.data.shards import RemoteFile, ShardChanged, ShardStat
+from mm.data.rows import RowShard
+from mm.data.shards import LocalFile, ParquetShard, RemoteFile, ShardChanged, ShardStat
 from mm.train.checkpoint import Position
 from mm.train.dataset import PlannedData, open_data
 from mm.train.loop import load_batches
 from mm.train.parallel import World
 from mm.train.recipe import Recipe
 from mm.train.sources import Blueprint
-from tests.shard_files import jpeg, pairs, words, write_card, write_tar
+from tests.processes import wait_until
+from tests.shard_files import jpeg, pairs, text_length, words, write_card, write_tar
 from tests.small_world import environment, losses, train_apart, write_recipe
 
 KB = 1024
@@ -174,7 +179,7 @@ PROCESS = """
 import logging, sys, time
 from pathlib import Path
 from mm.data import cache as cache_module, shards as shards_module
-from mm.data.cache import ShardCache
+from mm.data.cache import ShardCache, ShardCopy
 from mm.data.shards import ShardStat
 
 logging.basicConfig(level=logging.INFO)
@@ -196,13 +201,6 @@ def start(cache: ShardCache, path: str, stat: ShardStat, script: str) -> subproc
         stderr=subprocess.STDOUT,
         text=True,
     )
-
-
-def wait_until(condition: Callable[[], Any], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.005)
 
 
 # ----------------------------------------------------------------------------------------------------------- transfer
@@ -230,7 +228,7 @@ def test_the_stamp_tells_where_a_copy_is_from(tmp_path: Path, server: Server) ->
     cache.file(path, stat).read(0, 1)
     (stamp,) = cache.folder.glob("*.json")
     written = json.loads(stamp.read_text())
-    assert (written["url"], written["size"], written["version"]) == (path, stat.size, stat.version)
+    assert (written["shard"], written["size"], written["version"]) == (path, stat.size, stat.version)
     assert sorted(file.suffix for file in cache.folder.iterdir()) == [".json", ".lock", ".lock", ".shard"]
 
 
@@ -507,7 +505,7 @@ def test_a_damaged_copy_is_fetched_again(
     server.forget()
     assert cache.file(path, stat).read(0, len(data)) == data
     assert len(server.starts()) == 5
-    assert caplog.text.count("is not what was fetched") == 1
+    assert caplog.text.count("is not what was written") == 1
     server.forget()
     as_a_new_process()
     assert cache.file(path, stat).read(0, len(data)) == data
@@ -642,7 +640,7 @@ def finish_ahead() -> None:
 def test_shards_are_fetched_ahead_in_order_up_to_half_of_the_limit(tmp_path: Path, server: Server) -> None:
     cache = cache_in(tmp_path, "2MB")
     served = [serve(server, f"{number}.bin", seed=number) for number in (3, 1, 2, 0)]
-    fetch_ahead(cache, [(path, stat) for path, stat, _ in served])
+    fetch_ahead(cache, [ShardCopy(path, stat) for path, stat, _ in served])
     finish_ahead()
     assert kept(cache) == ["1.bin", "2.bin", "3.bin"]
     assert [name for _, name, first in server.requests if first == 4 * CHUNK] == ["3.bin", "1.bin", "2.bin"]
@@ -654,7 +652,7 @@ def test_shards_are_fetched_ahead_in_order_up_to_half_of_the_limit(tmp_path: Pat
 def test_a_reader_waits_for_the_transfer_that_is_under_way(tmp_path: Path, server: Server) -> None:
     path, stat, data = serve(server)
     server.fault = lambda number: time.sleep(0.05)
-    fetch_ahead(cache_in(tmp_path), [(path, stat)])
+    fetch_ahead(cache_in(tmp_path), [ShardCopy(path, stat)])
     wait_until(server.starts)
     assert cache_in(tmp_path).file(path, stat).read(0, len(data)) == data
     assert len(server.starts()) == 5
@@ -667,7 +665,7 @@ def test_what_fails_ahead_is_left_to_the_reader(
     cache = cache_in(tmp_path)
     served = [serve(server, f"{number}.bin", seed=number) for number in range(2)]
     server.fault = lambda number: "refuse" if number <= 3 else None
-    fetch_ahead(cache, [(path, stat) for path, stat, _ in served])
+    fetch_ahead(cache, [ShardCopy(path, stat) for path, stat, _ in served])
     finish_ahead()
     assert kept(cache) == ["1.bin"]
     assert f"fetching ahead failed: {served[0][0]}" in caplog.text
@@ -680,7 +678,7 @@ def test_fetching_ahead_takes_no_room_from_readers(tmp_path: Path, server: Serve
     held = [cache.file(*serve(server, f"{number}.bin")[:2]) for number in range(2)]
     for file in held:
         file.read(0, 1)
-    fetch_ahead(cache, [serve(server, "2.bin", seed=2)[:2]])
+    fetch_ahead(cache, [ShardCopy(*serve(server, "2.bin", seed=2)[:2])])
     finish_ahead()
     assert kept(cache) == ["0.bin", "1.bin"]
 
@@ -689,12 +687,314 @@ def test_a_process_ends_while_it_fetches_ahead(tmp_path: Path, server: Server) -
     path, stat, _ = serve(server)
     hold = threading.Event()
     server.fault = lambda number: hold.wait(30) and None
-    script = "cache_module.fetch_ahead(cache, [(path, stat)]); sys.stdin.readline()"
+    script = "cache_module.fetch_ahead(cache, [ShardCopy(path, stat)]); sys.stdin.readline()"
     process = start(cache_in(tmp_path), path, stat, script)
     wait_until(server.starts)
     process.communicate("\n", timeout=10)
     assert process.returncode == 0
     hold.set()
+
+
+# ---------------------------------------------------------------------------------------------------- rows of parquet
+
+PARQUET = [{"image": "image"}, {"text": "text"}]
+
+
+def write_rows(path: Path, rows: int, group: int, first: int = 0, pictures: bool = True, **more: Any) -> Path:
+    """A parquet file. Row i has a picture i + 8 pixels wide, as Hugging Face keeps it, and caption ``caption i``."""
+    numbers = range(first, first + rows)
+    images = [{"bytes": jpeg(i + 8, 9), "path": None} if pictures else None for i in numbers]
+    table = pa.table(
+        {
+            "image": pa.array(images, pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+            "text": [f"caption {i}" for i in numbers],
+            "unread": ["x" * 1000] * rows,
+        }
+    )
+    pq.write_table(table, path, row_group_size=group, **more)
+    return path
+
+
+def parquet_card(folder: Path, shards: str, cache: ShardCache | None, sample: Any = None) -> Card:
+    return replace(Card.load(write_card(folder, shards, sample or PARQUET, format="parquet")), cache=cache)
+
+
+def all_places(shard: ParquetShard) -> list[tuple[int, int]]:
+    return [(group, row) for group, rows in enumerate(shard.row_groups()) for row in range(rows)]
+
+
+def overwrite(path: Path) -> None:
+    """Destroys the content of a file under its size and date, so that reading it would be noticed."""
+    before = path.stat()
+    path.write_bytes(bytes(before.st_size))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize("group", [1, 63, 64, 65, 150])
+def test_kept_rows_are_those_of_the_file(tmp_path: Path, group: int) -> None:
+    rows = range(150)
+    table = pa.table(
+        {
+            "image": [{"bytes": bytes([i]) * i, "path": None if i % 2 else f"{i}.jpg"} for i in rows],
+            "chat": [[{"from": "human", "value": f"{n}"} for n in range(i % 4)] if i % 5 else None for i in rows],
+            "label": pa.array([f"class {i // 40}" for i in rows]).dictionary_encode(),
+            "number": pa.array([None if i % 7 == 0 else i / 3 for i in rows]),
+            "when": pa.array([i * 10**6 for i in rows], pa.timestamp("us", "UTC")),
+        }
+    )
+    path = tmp_path / "0.parquet"
+    pq.write_table(table, path, row_group_size=group)
+    stat = LocalFile(str(path)).stat()
+    for read in ((), ("label", "image"), ("chat.value", "chat")):
+        plain = ParquetShard(LocalFile(str(path)), stat, read)
+        kept_rows = RowShard(cache_in(tmp_path), str(path), stat, read)
+        places = all_places(plain)
+        order = np.random.default_rng(0).permutation(len(places)).tolist()
+        assert [kept_rows.read(places[n]) for n in order] == [plain.read(places[n]) for n in order]
+        for beyond in ((0, group), (len(plain.row_groups()), 0)):
+            with pytest.raises(ShardChanged, match="no row"):
+                kept_rows.read(beyond)
+    assert len(kept(cache_in(tmp_path))) == 3
+
+
+def test_shuffled_reads_of_local_parquet_read_the_file_once(tmp_path: Path) -> None:
+    for number in range(2):
+        write_rows(tmp_path / f"{number}.parquet", 90, 30, first=90 * number)
+    index = index_card(parquet_card(tmp_path, "*.parquet", cache_in(tmp_path)), "train", tmp_path / "index")
+    assert not cache_in(tmp_path).folder.exists()  # a scan reads every row group once as it is
+    index.sample(0), index.sample(90)
+    for number in range(2):
+        overwrite(tmp_path / f"{number}.parquet")
+    assert texts(index) == [f"caption {i}" for i in range(180)]
+    again = Index(index.card, index.split, index.folder, index.shards)
+    as_a_new_process()
+    assert texts(again, seed=1) == [f"caption {i}" for i in range(180)]
+
+
+def test_remote_parquet_is_transferred_once(tmp_path: Path, server: Server) -> None:
+    path = write_rows(server.folder / "0.parquet", 400, 100, compression="none", use_dictionary=False)
+    card = parquet_card(tmp_path, f"{server.url}/0.parquet", cache_in(tmp_path))
+    index = index_card(card, "train", tmp_path / "index", progress=False)
+    assert server.sent <= path.stat().st_size + 64 * KB  # Arrow's first look at a footer
+    server.forget()
+    assert texts(index) == [f"caption {i}" for i in range(400)]
+    columns.compute(index, "letters", "v1", text_length, pa.int32(), progress=False)
+    assert server.requests == []
+
+
+def damage(path: Path, group: int, share: float) -> None:
+    """Overwrites bytes in the captions of a row group, after a share of them."""
+    column = pq.ParquetFile(path).metadata.row_group(group).column(2)
+    start = column.data_page_offset + int(column.total_compressed_size * share)
+    data = bytearray(path.read_bytes())
+    data[start : start + 60] = b"\xff" * 60
+    path.write_bytes(data)
+
+
+def test_an_index_of_damaged_parquet_is_the_same_with_and_without_a_cache(tmp_path: Path, server: Server) -> None:
+    form = {"compression": "snappy", "use_dictionary": False, "data_page_size": 2000}
+    paths = [write_rows(server.folder / f"{n}.parquet", 4000, 2000, first=0, pictures=False, **form) for n in range(3)]
+    damage(paths[0], group=0, share=0)
+    damage(paths[1], group=1, share=0.7)
+    paths[2].write_bytes(paths[2].read_bytes()[:-9])
+    shards, sample = f"{server.url}/{{0..2}}.parquet", [{"text": "text"}]
+    plain = index_card(parquet_card(tmp_path, shards, None, sample), "train", tmp_path / "plain", progress=False)
+    with_cache = parquet_card(tmp_path, shards, cache_in(tmp_path), sample)
+    cached = index_card(with_cache, "train", tmp_path / "cached", progress=False)
+    lost = [int(reason.split()[3]) if "lost" in reason else None for reason in plain.errors["reason"].to_pylist()]
+    assert lost[0] == 2000
+    assert 0 < lost[1] < 2000
+    assert lost[2:] == [None]
+    assert cached.errors.equals(plain.errors)
+    assert cached.place.tolist() == plain.place.tolist()
+    for row in (0, 2000, cached.rows - 1):
+        assert words(cached.sample(row)) == words(plain.sample(row))
+    server.forget()
+    cached.sample(3)
+    assert server.requests == []
+
+
+def test_a_local_parquet_that_changed_is_refused_though_its_rows_are_kept(tmp_path: Path) -> None:
+    write_rows(tmp_path / "0.parquet", 10, 5)
+    card = parquet_card(tmp_path, "0.parquet", cache_in(tmp_path))
+    index = index_card(card, "train", tmp_path / "index", progress=False)
+    assert texts(index)[0] == "caption 0"
+    write_rows(tmp_path / "0.parquet", 10, 5, first=70)
+    with pytest.raises(ShardChanged):
+        index.sample(0)
+    assert texts(index_card(card, "train", tmp_path / "index", progress=False))[0] == "caption 70"
+
+
+def test_a_parquet_that_changes_while_its_rows_are_laid_out_is_refused_and_nothing_is_kept(
+    tmp_path: Path, server: Server
+) -> None:
+    write_rows(server.folder / "0.parquet", 400, 100, compression="none", use_dictionary=False)
+    path = f"{server.url}/0.parquet"
+    stat, cache = RemoteFile(path).stat(), cache_in(tmp_path)
+
+    def change(number: int) -> None:
+        if number == 2:
+            server.etag = '"v2"'
+
+    server.fault = change
+    server.forget()
+    with pytest.raises(ShardChanged, match="v2"):
+        RowShard(cache, path, stat, ()).read((0, 0))
+    assert kept(cache) == kept(cache, ".part") == []
+
+
+@pytest.mark.parametrize("harm", [flip, forge, cut, lose_stamp, garble_stamp])
+def test_damaged_rows_are_laid_out_again(
+    tmp_path: Path, harm: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    write_rows(tmp_path / "0.parquet", 50, 20)
+    stat, cache = LocalFile(str(tmp_path / "0.parquet")).stat(), cache_in(tmp_path)
+    shard = RowShard(cache, str(tmp_path / "0.parquet"), stat, ("text",))
+    shard.read((0, 0))
+    shard.close()
+    (copy,) = cache.folder.glob("*.shard")
+    harm(copy)
+    as_a_new_process()
+    assert shard.read((1, 3)).fields == {"text": "caption 23"}
+    assert caplog.text.count("is not what was written") == 1
+
+
+def test_rows_that_are_cut_while_they_are_read_cost_no_process(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_rows(tmp_path / "0.parquet", 50, 20)
+    stat, cache = LocalFile(str(tmp_path / "0.parquet")).stat(), cache_in(tmp_path)
+    shard = RowShard(cache, str(tmp_path / "0.parquet"), stat, ("image", "text"))
+    shard.read((0, 0))
+    (copy,) = cache.folder.glob("*.shard")
+    cut(copy)
+    assert shard.read((2, 9)).fields["text"] == "caption 49"
+    assert "were cut while they were read" in caplog.text
+
+
+def test_a_full_disk_means_reading_parquet_in_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_rows(tmp_path / "0.parquet", 50, 20)
+    shard = RowShard(
+        cache_in(tmp_path), str(tmp_path / "0.parquet"), LocalFile(str(tmp_path / "0.parquet")).stat(), ("text",)
+    )
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert shard.read((2, 9)).fields == {"text": "caption 49"}
+    assert kept(cache_in(tmp_path)) == kept(cache_in(tmp_path), ".part") == []
+    assert "is full" in caplog.text
+
+
+def test_rows_that_outgrow_what_the_footer_says_keep_the_limit(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "0.parquet"
+    pq.write_table(pa.table({"text": ["repeated " * 1000] * 500}), path)  # one string in a dictionary
+    assert pq.ParquetFile(path).metadata.row_group(0).column(0).total_uncompressed_size < 20 * KB
+    cache = cache_in(tmp_path, "1MB")
+    shard = RowShard(cache, str(path), LocalFile(str(path)).stat(), ("text",))
+    assert shard.read((0, 499)).fields == {"text": "repeated " * 1000}
+    assert "bytes are more than the cache's limit" in caplog.text
+    assert kept(cache) == kept(cache, ".part") == []
+    roomy = ShardCache(tmp_path / "roomy", 5 * 10**6)
+    other = RowShard(roomy, str(path), LocalFile(str(path)).stat(), ("text",))
+    assert other.read((0, 499)).fields == {"text": "repeated " * 1000}
+    (copy,) = roomy.folder.glob("*.shard")
+    assert 4.5e6 < copy.stat().st_size < 4.6e6
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 200), min_size=1, max_size=5),
+    reads=st.lists(st.tuples(st.integers(0, 4), st.booleans()), max_size=12),
+    limit=st.integers(1000, 800_000),
+)
+def test_any_reads_of_parquet_under_any_limit_give_the_rows_and_keep_the_limit(
+    sizes: list[int], reads: list[tuple[int, bool]], limit: int
+) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        cache, shards = ShardCache(folder / "cache", limit), []
+        for number, rows in enumerate(sizes):
+            path = folder / f"{number}.parquet"
+            table = {"text": [np.random.default_rng(row).bytes(1000).hex() for row in range(rows)]}
+            pq.write_table(pa.table(table), path, row_group_size=70, compression="none")
+            shards.append(RowShard(cache, str(path), LocalFile(str(path)).stat(), ()))
+        for number, closes in reads:
+            number %= len(shards)
+            row = sizes[number] - 1
+            expected = np.random.default_rng(row).bytes(1000).hex()
+            assert shards[number].read((row // 70, row % 70)).fields == {"text": expected}
+            if closes:
+                shards[number].close()
+            assert sum(file.stat().st_size for file in cache.folder.iterdir() if file.suffix != ".json") <= limit
+        for shard in shards:
+            shard.close()
+
+
+READER = """
+import logging, sys, time
+from pathlib import Path
+from mm.data.cache import ShardCache
+from mm.data.rows import RowShard
+from mm.data.shards import ShardStat
+logging.basicConfig(level=logging.INFO)
+shard = RowShard(ShardCache(Path(sys.argv[1]), 10**8), sys.argv[2], ShardStat(int(sys.argv[3]), sys.argv[4]), ("text",))
+"""
+
+
+def start_reader(cache: ShardCache, path: str, stat: ShardStat, script: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", READER + script, str(cache.folder), path, str(stat.size), stat.version],
+        env=environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_processes_that_race_for_rows_lay_them_out_once(tmp_path: Path, server: Server) -> None:
+    write_rows(server.folder / "0.parquet", 300, 50)
+    path, cache = f"{server.url}/0.parquet", cache_in(tmp_path)
+    stat = RemoteFile(path).stat()
+    server.fault = lambda number: time.sleep(0.05)
+    script = "sys.stdin.readline(); print(shard.read((5, 49)).fields['text'], flush=True)"
+    racers = [start_reader(cache, path, stat, script) for _ in range(3)]
+    outputs = [racer.communicate("go\n", timeout=60)[0] for racer in racers]
+    assert [output.strip().splitlines()[-1] for output in outputs] == ["caption 299"] * 3
+    assert sum("made" in output for output in outputs) == 1
+
+
+def test_rows_that_a_killed_process_was_laying_out_are_laid_out_by_the_next(tmp_path: Path, server: Server) -> None:
+    write_rows(server.folder / "0.parquet", 3000, 500, compression="none", use_dictionary=False)
+    path, cache, hold = f"{server.url}/0.parquet", cache_in(tmp_path), threading.Event()
+    stat = RemoteFile(path).stat()
+    server.forget()
+    server.fault = lambda number: hold.wait(20) and None if number == 2 else None
+    killed = start_reader(cache, path, stat, "shard.read((0, 0))")
+    wait_until(lambda: len(server.starts()) == 2)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    hold.set()
+    assert kept(cache) == []
+    assert RowShard(cache, path, stat, ("text",)).read((5, 499)).fields == {"text": "caption 2999"}
+    assert kept(cache, ".part") == []
+
+
+def test_the_rows_of_coming_shards_are_laid_out_ahead(tmp_path: Path) -> None:
+    for number in range(3):
+        write_rows(tmp_path / f"{number}.parquet", 10, 5, first=10 * number)
+    index = index_card(parquet_card(tmp_path, "*.parquet", cache_in(tmp_path)), "train", tmp_path / "index")
+    samples = SplitSamples(index.card, index.split, index.folder, [entry.shard for entry in index.shards])
+    fetch_rows_ahead([samples], np.array([0, 0, 0]), np.array([2, 0, 2]))
+    finish_ahead()
+    assert kept(cache_in(tmp_path)) == ["0.parquet.rows", "2.parquet.rows"]
+    assert texts(index) == [f"caption {i}" for i in range(30)]
 
 
 # ------------------------------------------------------------------------------------------------- cards and training
@@ -730,17 +1030,7 @@ def test_an_index_is_the_same_with_and_without_a_cache(tmp_path: Path, server: S
     assert texts(cached) == texts(plain)
 
 
-def test_parquet_is_read_from_its_copy(tmp_path: Path, server: Server) -> None:
-    table = pa.table({"image": [jpeg(9 + i, 9) for i in range(8)], "text": [f"t{i}" for i in range(8)]})
-    pq.write_table(table, server.folder / "0.parquet", row_group_size=2)
-    written = write_card(tmp_path, f"{server.url}/0.parquet", [{"image": "image"}, {"text": "text"}], format="parquet")
-    card = replace(Card.load(written), cache=cache_in(tmp_path))
-    index = index_card(card, "train", tmp_path / "index", progress=False)
-    assert texts(index) == [f"t{i}" for i in range(8)]
-    assert server.sent == (server.folder / "0.parquet").stat().st_size
-
-
-def test_local_shards_are_not_copied(tmp_path: Path) -> None:
+def test_local_tars_are_not_copied(tmp_path: Path) -> None:
     write_tar(tmp_path / "0.tar", pairs(3))
     card = replace(Card.load(write_card(tmp_path, "0.tar")), cache=cache_in(tmp_path))
     assert texts(index_card(card, "train", tmp_path / "index", progress=False)) == [f"caption {i}" for i in range(3)]
@@ -755,7 +1045,7 @@ def test_an_open_shard_is_given_back_when_its_reader_closes_it(
     index = index_card(card, "train", tmp_path / "index", progress=False)
     for row in (0, 6, 12):
         index.sample(row)
-        held = [file.path for file in cache_module._held if isinstance(file, CachedFile) and file.cache == card.cache]
+        held = [hold.content.path for hold in cache_module._held if hold.cache == card.cache]
         assert held == [index.shards[row // 6].shard]
 
 
@@ -864,6 +1154,59 @@ def test_two_trainings_share_a_cache_and_lose_what_local_ones_do(
     assert [run.returncode for run in runs] == [0, 0], outputs
     assert losses(tmp_path / "one") == losses(tmp_path / "two") == losses(tmp_path / "local" / "run")
     assert server.sent == sum(file.stat().st_size for file in server.folder.iterdir())
+
+
+# ----------------------------------------------------------------------------------------------------------- commands
+
+
+@pytest.mark.parametrize("format", ["webdataset", "parquet"])
+def test_commands_with_a_cache_transfer_a_set_once_and_leave_it_to_training(
+    tmp_path: Path, server: Server, format: str
+) -> None:
+    if format == "parquet":
+        files = [write_rows(server.folder / f"{n}.parquet", 100, 50, first=100 * n) for n in range(3)]
+        card = parquet_card(tmp_path, f"{server.url}/{{0..2}}.parquet", None)
+    else:
+        card = remote_card(tmp_path, server, rows=100)
+        files = list(server.folder.iterdir())
+    size = sum(file.stat().st_size for file in files)
+    cache = ["--cache", "10MB", "--cache-folder", str(tmp_path / "cache")]
+    index = ["--folder", str(tmp_path / "index")]
+
+    def run(*command: str) -> str:
+        result = CliRunner().invoke(app, [*command, *cache])
+        assert result.exit_code in (0, 1), result.output  # 1: the check has something to say
+        return result.output
+
+    footers = 3 * 64 * KB if format == "parquet" else 0
+    assert "300 samples in 3 shards" in run("index", str(card.path), "--processes", "2", *index)
+    assert size <= server.sent + footers <= size + 2 * footers
+    server.forget()
+    assert "'caption 299'" in run("data", "show", str(card.path), "299", *index)
+    run("data", "check", str(card.path), "--processes", "0")
+    assert "dropped so far" in run("data", "drop", str(card.path), *index)
+    assert server.sent == 0
+    rows = index_card(replace(card, cache=cache_in(tmp_path)), "train", tmp_path / "index", progress=False)
+    assert texts(rows) == [f"caption {i}" for i in range(300)]
+    assert server.sent == 0
+
+
+def test_what_the_doctor_saw_is_not_transferred_again(tmp_path: Path, server: Server) -> None:
+    card = remote_card(tmp_path, server, rows=100)
+    cache = ["--cache", "10MB", "--cache-folder", str(tmp_path / "cache")]
+    result = CliRunner().invoke(app, ["doctor", *card.shards("train"), *cache])
+    assert result.exit_code == 0, result.output
+    server.forget()
+    rows = index_card(replace(card, cache=cache_in(tmp_path)), "train", tmp_path / "index", progress=False)
+    assert texts(rows) == [f"caption {i}" for i in range(300)]
+    assert server.sent == 0
+
+
+def test_a_limit_that_is_no_size_is_refused_by_commands(tmp_path: Path, server: Server) -> None:
+    card = remote_card(tmp_path, server)
+    result = CliRunner().invoke(app, ["index", str(card.path), "--cache", "lots"])
+    assert isinstance(result.exception, RecipeError)
+    assert "--cache: 'lots' is no number of bytes" in str(result.exception)
 
 
 # ------------------------------------------------------------------------------------------------------------- recipe

@@ -29,6 +29,8 @@ from mm.data.index import Index, index_card
 from mm.data.shards import ShardChanged, open_shard
 from mm.media import ImageFacts, PointFacts, SpeechFacts
 from mm.sample import Image, PointCloud, Sample, Speech, Text
+from tests.processes import session, wait_until
+from tests.small_world import environment
 
 
 def indexed(card: Path, folder: Path, **options: object) -> Index:
@@ -459,6 +461,29 @@ def test_an_index_that_was_killed_goes_on_where_it_was(tmp_path: Path) -> None:
     assert all(path.stat().st_mtime_ns == mtime for path, mtime in finished.items())
     assert not list(folder.glob("*.unfinished"))
     assert words(index.sample(59 * 40 + 39)) == ["caption 39"]
+
+
+TOGETHER = """
+import sys
+from mm.data.card import Card
+from mm.data.index import index_card
+if __name__ == "__main__":
+    index_card(Card.load(sys.argv[1]), "train", sys.argv[2], processes=2, progress=False)
+"""
+
+
+@pytest.mark.timeout(120)
+def test_processes_end_when_the_one_that_started_them_is_killed(tmp_path: Path) -> None:
+    for number in range(60):
+        write_tar(tmp_path / f"{number:05d}.tar", pairs(40))
+    card, folder, script = write_card(tmp_path, "{00000..00059}.tar"), tmp_path / "index", tmp_path / "together.py"
+    script.write_text(TOGETHER)
+    command = [sys.executable, str(script), str(card), str(folder)]
+    process = subprocess.Popen(command, env=environment(), start_new_session=True)
+    wait_until(lambda: len(list(folder.glob("*.parquet"))) >= 3)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    wait_until(lambda: not session(process.pid))
 
 
 def test_two_processes_that_index_at_once_agree(corpus: Path, tmp_path: Path) -> None:

@@ -33,9 +33,20 @@ from typing import Any, Self
 import fsspec
 import yaml
 
-from mm.data.cache import ShardCache
+from mm.data.cache import Content, ShardCache, ShardCopy
 from mm.data.mapping import MappingError, RecordMapping, check_keys, look_up, parse_mapping, prefixes
-from mm.data.shards import FORMATS, Record, Shard, ShardError, ShardStat, is_remote, open_shard, refuse_compressed
+from mm.data.rows import ParquetRows, RowShard
+from mm.data.shards import (
+    FORMATS,
+    Record,
+    Shard,
+    ShardError,
+    ShardStat,
+    is_remote,
+    open_file,
+    open_shard,
+    refuse_compressed,
+)
 from mm.sample import BrokenSample, Sample
 
 MAPPING_VERSION = 1
@@ -58,7 +69,7 @@ class Card:
     sample_form: the ``sample:`` of the card as written; `mapping` is what it means
     key: path of the field that labels a sample, or None for the record's own key
     path: the card's file
-    cache: where copies of its remote shards are kept; None reads them in place
+    cache: where copies of its remote shards, and rows of its parquet files, are kept; None reads all in place
     """
 
     name: str
@@ -129,11 +140,30 @@ class Card:
         return shards
 
     def open(self, shard: str, expected: ShardStat | None = None) -> Shard:
-        """A shard of this card for reading; of a parquet file only the columns that the card reads."""
+        """A shard of this card for reading; of a parquet file only the columns that the card reads.
+
+        Args:
+            expected: size and version when it was indexed; without them the cache is not used.
+        """
         columns = self._columns if self.format == "parquet" else ()
-        if self.cache is None or expected is None or not is_remote(shard):
+        if self.cache is None or expected is None:
             return open_shard(shard, self.format, columns, expected)
-        return open_shard(shard, self.format, columns, expected, self.cache.file(shard, expected))
+        if self.format == "parquet":
+            return RowShard(self.cache, shard, expected, columns)
+        file = self.cache.file(shard, expected) if is_remote(shard) else None
+        return open_shard(shard, self.format, columns, expected, file)
+
+    def stat(self, shard: str) -> ShardStat:
+        """Size and version of a shard as they are now."""
+        return open_file(shard).stat()
+
+    def kept(self, shard: str, stat: ShardStat) -> Content | None:
+        """What the cache keeps of a shard that is read in shuffled order, None if nothing."""
+        if self.cache is None:
+            return None
+        if self.format == "parquet":
+            return ParquetRows(shard, stat, self._columns)
+        return ShardCopy(shard, stat) if is_remote(shard) else None
 
     @property
     def choices(self) -> tuple[float, ...]:

@@ -28,10 +28,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock
 
-from mm.data.cache import fetch_ahead
+from mm.data.cache import Content, fetch_ahead
 from mm.data.card import Card
 from mm.data.passes import each_shard, read_stamp, write_table
-from mm.data.shards import Place, Scanned, Shard, ShardChanged, ShardFingerprint, ShardStat, is_remote
+from mm.data.shards import Place, Scanned, Shard, ShardChanged, ShardFingerprint, ShardStat
 from mm.media import BrokenMedia, Facts, ImageFacts, PointFacts, SpeechFacts, facts
 from mm.sample import BrokenSample, Modality, Sample, Text
 
@@ -312,18 +312,20 @@ class SplitSamples:
 
 
 def fetch_rows_ahead(sources: Sequence[SplitSamples], source: np.ndarray, shard: np.ndarray) -> None:
-    """Fetches the remote shards of rows that come next into their cache, in the background and in that order.
+    """Has the cache make what it keeps of the shards of rows that come next, in the background and in that order.
 
     Args:
         source: (k,) which of the sources each row is of.
         shard: (k,) the number of its shard there.
     """
-    coming: list[tuple[str, ShardStat]] = []
+    coming: list[Content] = []
     pairs, first = np.unique(np.stack([source, shard]), axis=1, return_index=True)
     for number, of_source in pairs[:, np.argsort(first)].T.tolist():
-        if sources[number].card.cache is not None and is_remote(sources[number].shards[of_source]):
-            entry = sources[number].entry(of_source)
-            coming.append((entry.shard, entry.stat))
+        samples = sources[number]
+        if samples.card.cache is not None:
+            entry = samples.entry(of_source)
+            if (content := samples.card.kept(entry.shard, entry.stat)) is not None:
+                coming.append(content)
     if coming:
         fetch_ahead(next(one.card.cache for one in sources if one.card.cache is not None), coming)
 
@@ -399,7 +401,7 @@ def _current(card: Card, folder: Path, shard: str) -> ShardIndex | None:
     """What is known of a shard if it has not changed, by size and version."""
     file = _file(card, folder, shard)
     entry = _load_entry(file)
-    return entry if entry and card.open(shard).file.stat() == entry.stat else None
+    return entry if entry and card.stat(shard) == entry.stat else None
 
 
 def _index_shard(card: Card, folder: Path, shard: str) -> ShardIndex:
@@ -409,7 +411,7 @@ def _index_shard(card: Card, folder: Path, shard: str) -> ShardIndex:
         entry = _current(card, folder, shard)
         if entry is not None:
             return entry
-        stat = card.open(shard).file.stat()
+        stat = card.stat(shard)
         opened = card.open(shard, stat)
         fingerprint = opened.file.fingerprint()
         before = _load_entry(file)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -58,7 +59,7 @@ def each_shard(
         results = ((shard, work(shard)) for shard in shards)
         return dict(_with_bar(results, len(shards), label) if progress else results)
     spawn = multiprocessing.get_context("spawn")  # forking a process with threads, as torch has, may deadlock
-    with ProcessPoolExecutor(min(processes, len(shards)), mp_context=spawn) as pool:
+    with ProcessPoolExecutor(min(processes, len(shards)), spawn, end_with_parent) as pool:
         futures = {pool.submit(work, shard): shard for shard in shards}
         results = ((futures[future], future.result()) for future in as_completed(futures))
         try:
@@ -67,6 +68,18 @@ def each_shard(
             raise PassError(f"{label}: a process was killed, perhaps for memory; try fewer processes") from error
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def end_with_parent() -> None:
+    """Lets this process end when the one that started it is gone. A pool's worker would wait for more work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
+
+
+def _end_after(parent: Any) -> None:
+    parent.join()
+    os._exit(1)
 
 
 def _with_bar(results: Iterator[T], total: int, label: str) -> Iterator[T]:
@@ -105,6 +118,8 @@ def write_table(table: pa.Table, file: Path, key: bytes, stamp: Any) -> None:
 
 def read_stamp(file: Path, key: bytes) -> Any:
     """The stamp that `write_table` left in a file, None where there is no file."""
-    if not file.exists():
+    try:
+        with pa.OSFile(str(file)) as opened:  # without its schema and a search for a file system: once a shard
+            return json.loads(pq.ParquetFile(opened).metadata.metadata[key])
+    except FileNotFoundError:
         return None
-    return json.loads(pq.read_schema(file).metadata[key])

@@ -22,7 +22,9 @@ import time
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
 
@@ -45,6 +47,8 @@ PAUSES = (0.5, 2.0)
 """Seconds to wait before a request that failed is tried again."""
 ROW_GROUP_CACHE = 256 * 1024**2
 """Bytes of decoded row groups that a process keeps. The last one read is kept whatever its size."""
+BATCH = 64
+"""Rows of a row group that are decoded at a time. A damaged place costs those of its batch and all after it."""
 
 
 COMPRESSED = {
@@ -59,6 +63,14 @@ COMPRESSED = {
 
 class ShardError(ValueError):
     """A shard that cannot be read as what its card says it is."""
+
+
+class RequestFailed(OSError):
+    """A server or a network that failed. Of its own type, since it must never be taken for a damaged file."""
+
+
+class DamagedRows(ValueError):
+    """Rows of a row group that cannot be decoded; the message says why."""
 
 
 class ShardChanged(RuntimeError):
@@ -171,7 +183,9 @@ class RemoteFile(ShardFile):
         return ShardStat(info["size"], next((str(info[key]) for key in self._VERSIONS if info.get(key)), ""))
 
     def fingerprint(self) -> ShardFingerprint:
-        return remote_fingerprint(self.stat())
+        stat = self.stat()
+        digest = hashlib.blake2b(f"{stat.size} {stat.version}".encode(), digest_size=16)
+        return ShardFingerprint(stat.size, digest.hexdigest())
 
     def read(self, offset: int, size: int) -> bytes:
         return _retried(self.path, lambda: self._range(offset, size))
@@ -190,7 +204,7 @@ class RemoteFile(ShardFile):
     def _whole_range(self, offset: int, size: int) -> bytes:
         data = self._range(offset, size)
         if len(data) != size:
-            raise OSError(f"{self.path}: the server gave {len(data)} of {size} bytes at {offset}")
+            raise RequestFailed(f"{self.path}: the server gave {len(data)} of {size} bytes at {offset}")
         return data
 
     def stream(self) -> IO[bytes]:
@@ -200,10 +214,22 @@ class RemoteFile(ShardFile):
         """Requests keep nothing open."""
 
 
-def remote_fingerprint(stat: ShardStat) -> ShardFingerprint:
-    """Fingerprint of a shard behind a URL, the same whether it is read there or from a copy."""
-    digest = hashlib.blake2b(f"{stat.size} {stat.version}".encode(), digest_size=16)
-    return ShardFingerprint(stat.size, digest.hexdigest())
+class PinnedFile(RemoteFile):
+    """A remote shard of known size and version. The server is not asked before it is read from."""
+
+    def __init__(self, path: str, stat: ShardStat) -> None:
+        super().__init__(path)
+        self._stat = stat
+        self._read = False
+
+    def stat(self) -> ShardStat:
+        return super().stat() if self._read else self._stat
+
+    def read(self, offset: int, size: int) -> bytes:
+        if not self._read:
+            self._read = True
+            check_unchanged(self, self._stat)
+        return super().read(offset, size)
 
 
 def buffered_stream(file: ShardFile, size: int) -> IO[bytes]:
@@ -232,7 +258,8 @@ class _Ranges(io.RawIOBase):
             return 0
         data = self._file.read(self._position, wanted)
         if len(data) != wanted:  # taken for the end of the shard, it would cost the samples that follow
-            raise OSError(f"{self._file.path}: the server gave {len(data)} of {wanted} bytes at {self._position}")
+            given = f"the server gave {len(data)} of {wanted} bytes at {self._position}"
+            raise RequestFailed(f"{self._file.path}: {given}")
         buffer[:wanted] = data
         self._position += len(data)
         return len(data)
@@ -248,7 +275,7 @@ def _retried(path: str, request: Callable[[], T]) -> T:
             if isinstance(cause, FileNotFoundError | PermissionError):
                 raise
             if pause is None:
-                raise OSError(f"{path}: request failed three times: {cause!r}") from error
+                raise RequestFailed(f"{path}: request failed three times: {cause!r}") from error
             logger.warning("%s: request failed, next try in %s s: %r", path, pause, cause)
             time.sleep(pause)
     raise AssertionError("unreachable")
@@ -336,6 +363,11 @@ def check_unchanged(file: ShardFile, expected: ShardStat) -> None:
         )
 
 
+def open_file(path: str) -> ShardFile:
+    """The bytes of a shard where they lie."""
+    return RemoteFile(path) if is_remote(path) else LocalFile(path.removeprefix("file://"))
+
+
 def open_shard(
     path: str,
     format: str,
@@ -352,8 +384,7 @@ def open_shard(
         expected: see `Shard`.
         file: its bytes where they are not read at `path`, such as a cached copy.
     """
-    if file is None:
-        file = RemoteFile(path) if is_remote(path) else LocalFile(path.removeprefix("file://"))
+    file = open_file(path) if file is None else file
     if format == "parquet":
         return ParquetShard(file, expected, columns)
     if format == "jsonl":
@@ -608,25 +639,33 @@ class ParquetShard(Shard):
 
     def __init__(self, file: ShardFile, expected: ShardStat | None = None, columns: Collection[str] = ()) -> None:
         super().__init__(file, expected)
-        self._wanted = frozenset(columns)
+        self.columns = frozenset(columns)
         self._parquet: pq.ParquetFile | None = None
-        self._starts: list[int] = []  # number of the first row of every row group
 
-    def _open(self) -> pq.ParquetFile:
-        if self._parquet is None:
-            self._parquet = pq.ParquetFile(self.file.stream())
-            metadata = self._parquet.metadata
-            rows = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
-            self._starts = list(itertools.accumulate(rows, initial=0))
-        return self._parquet
+    @cached_property
+    def starts(self) -> list[int]:
+        """Number of the first row of every row group, and behind them that of all rows."""
+        return list(itertools.accumulate(self.row_groups(), initial=0))
 
-    def _columns(self) -> list[str] | None:
-        names = self._open().schema_arrow.names
-        return [name for name in names if name in self._wanted] if self._wanted else None
+    def row_groups(self) -> list[int]:
+        """Number of rows of every row group."""
+        metadata = self.metadata
+        return [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
+
+    @property
+    def metadata(self) -> pq.FileMetaData:
+        """The footer."""
+        return self._open().metadata
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The columns that are read, in the order of the file."""
+        schema = self._open().schema_arrow
+        return pa.schema([field for field in schema if not self.columns or field.name in self.columns])
 
     def scan(self) -> Iterator[Scanned]:
         try:
-            groups = self._open().num_row_groups
+            groups = len(self.starts) - 1
         except (pa.ArrowException, OSError) as error:
             _raise_if_disk(error)
             yield Scanned("", (0, 0), None, f"not a readable parquet file: {error}")
@@ -635,31 +674,53 @@ class ParquetShard(Shard):
             yield from self._scan_group(group)
 
     def _scan_group(self, group: int) -> Iterator[Scanned]:
-        batches = self._open().iter_batches(64, row_groups=[group], columns=self._columns(), use_threads=False)
-        first, row = self._starts[group], 0
+        first, row = self.starts[group], 0
         try:
-            for batch in batches:
+            for batch in self.batches(group):
                 for fields in batch.to_pylist():
                     key = str(first + row)
                     yield Scanned(key, (group, row), Record(key, fields))
                     row += 1
+        except DamagedRows as damage:
+            lost = self.starts[group + 1] - first - row
+            reason = f"damaged parquet file: {lost} rows of row group {group} are lost: {damage}"
+            yield Scanned(str(first + row), (group, row), None, reason)
+
+    def batches(self, group: int) -> Iterator[pa.RecordBatch]:
+        """The rows of a row group, `BATCH` at a time.
+
+        Raises:
+            DamagedRows: some cannot be decoded; those before them were given.
+            OSError: the disk or the network failed.
+        """
+        names = self.schema.names
+        try:
+            yield from self._open().iter_batches(BATCH, row_groups=[group], columns=names, use_threads=False)
         except (pa.ArrowException, OSError) as error:
             _raise_if_disk(error)
-            lost = self._starts[group + 1] - first - row
-            reason = f"damaged parquet file: {lost} rows of row group {group} are lost: {error}"
-            yield Scanned(str(first + row), (group, row), None, reason)
+            raise DamagedRows(str(error)) from error
 
     def _record(self, place: Place) -> Record:
         group, row = place
-        if group >= self._open().num_row_groups:
-            raise ShardChanged(f"{self.path}: no row group {group} in {self._open().num_row_groups}")
-        table = _row_groups.get((self.path, self.expected, group, self._wanted), lambda: self._read_group(group))
+        if group >= len(self.starts) - 1:
+            raise ShardChanged(f"{self.path}: no row group {group} in {len(self.starts) - 1}")
+        table = _row_groups.get((self.path, self.expected, group, self.columns), lambda: self._read_group(group))
         if row >= table.num_rows:
             raise ShardChanged(f"{self.path}: no row {row} in row group {group}, which has {table.num_rows}")
-        return Record(str(self._starts[group] + row), table.slice(row, 1).to_pylist()[0])
+        return Record(str(self.starts[group] + row), table.slice(row, 1).to_pylist()[0])
 
     def _read_group(self, group: int) -> pa.Table:
-        return self._open().read_row_group(group, columns=self._columns(), use_threads=False)
+        """A row group as far as it can be decoded."""
+        batches: list[pa.RecordBatch] = []
+        with suppress(DamagedRows):
+            for batch in self.batches(group):
+                batches.append(batch)
+        return pa.Table.from_batches(batches, None if batches else self.schema)
+
+    def _open(self) -> pq.ParquetFile:
+        if self._parquet is None:
+            self._parquet = pq.ParquetFile(self.file.stream())
+        return self._parquet
 
     def close(self) -> None:
         super().close()

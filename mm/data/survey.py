@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mm import media
 from mm.data.card import Card
-from mm.data.passes import PassError
+from mm.data.passes import PassError, end_with_parent
 from mm.data.shards import Scanned, ShardChanged, ShardError
 from mm.data.sources.splits import colours_of
 from mm.media import BrokenMedia, PointFacts, SpeechFacts, Waveform
@@ -113,6 +113,7 @@ def survey_shards(card: Card, shards: Sequence[str], processes: int, progress: b
 def _begin(counter: Any) -> None:
     global _counter
     _counter = counter
+    end_with_parent()
 
 
 def survey(card: Card, shard: str) -> Survey:
@@ -120,8 +121,7 @@ def survey(card: Card, shard: str) -> Survey:
     notes = _Notes(card)
     unreadable = None
     try:
-        opened = card.open(shard)
-        opened.expected = opened.file.stat()
+        opened = card.open(shard, card.stat(shard))
         for scanned in opened.scan():
             notes.add(scanned)
             if _counter is not None:

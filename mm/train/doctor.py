@@ -15,22 +15,23 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import yaml
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from mm import configure, media
+from mm.data.cache import ShardCache
 from mm.data.card import Card, CardError
 from mm.data.guess import Field, Proposal, fields_of, propose
 from mm.data.labels import place_name, printable
-from mm.data.shards import Place, Record, Scanned, Shard, is_remote, open_shard
+from mm.data.shards import ParquetShard, Place, Record, Scanned, Shard, is_remote, open_shard
 from mm.media import BrokenMedia, ImageFacts, SpeechFacts
 from mm.packing.fit import first_fit_decreasing
 from mm.sample import BrokenSample, Sample, Text
@@ -223,22 +224,23 @@ class Look:
 # ------------------------------------------------------------------------------------------------------------ looking
 
 
-def look(patterns: Sequence[str], options: LookOptions, progress: bool = True) -> Look:
+def look(patterns: Sequence[str], options: LookOptions, cache: ShardCache | None = None, progress: bool = True) -> Look:
     """Looks at shards until there is no more time.
 
     Args:
         patterns: paths, globs, ``{0000..0099}`` ranges and URLs, as in a card.
+        cache: keeps remote shards, which are then transferred whole, however long that takes.
 
     Raises:
         LookError: no such shards, of several formats, they cannot be read, or nothing in them can be learned.
     """
     try:
-        return _look(patterns, options, progress)
+        return _look(patterns, options, cache, progress)
     except OSError as error:  # of a disk or a network, or a file that is not there
         raise LookError(f"the shards cannot be read: {error}") from error
 
 
-def _look(patterns: Sequence[str], options: LookOptions, progress: bool) -> Look:
+def _look(patterns: Sequence[str], options: LookOptions, cache: ShardCache | None, progress: bool) -> Look:
     started = time.monotonic()
     shards, written = expand(patterns)
     format = _format(shards)
@@ -260,6 +262,7 @@ def _look(patterns: Sequence[str], options: LookOptions, progress: bool) -> Look
         splits={"train": written},
         sample_form=proposal.sample,
         path=Path.cwd() / "card.yaml",
+        cache=cache,
     )
     seen = Look(options, card, written, proposal, tuple(shards), fields, len(records))
     _read(seen, count, started, progress)
@@ -355,8 +358,9 @@ def _read(seen: Look, count: Callable[[Sample], int], started: float, progress: 
             allowed = max(started + options.seconds - begin, 0) * (turn + 1) / parts
             until = min(started + options.seconds, begin + allowed)
             most = min(seen.seen + quota, options.samples)
-            opened = seen.card.open(seen.shards[which])
-            extent = _Extent(opened, seen.card.format)
+            shard = seen.shards[which]
+            opened = seen.card.open(shard, seen.card.stat(shard))
+            extent = _Extent(opened)
             read = 0.0
             for scanned in opened.scan():
                 _add(seen, count, opened, scanned)
@@ -374,16 +378,12 @@ def _read(seen: Look, count: Callable[[Sample], int], started: float, progress: 
 class _Extent:
     """How large a shard is: size in bytes, and rows before every row group of a parquet file."""
 
-    def __init__(self, shard: Shard, format: str) -> None:
+    def __init__(self, shard: Shard) -> None:
         self.size = shard.file.stat().size
         self._starts: list[int] | None = None
-        if format == "parquet":
-            try:
-                metadata = pq.ParquetFile(shard.file.stream()).metadata
-            except (pa.ArrowException, OSError):
-                return  # a damaged file, which the scan reports
-            rows = (metadata.row_group(number).num_rows for number in range(metadata.num_row_groups))
-            self._starts = list(itertools.accumulate(rows, initial=0))
+        if isinstance(shard, ParquetShard):
+            with suppress(pa.ArrowException, OSError):  # a damaged file, which the scan reports
+                self._starts = shard.starts
 
     def share(self, place: Place) -> float:
         """How much of the shard lies before the end of a place, 0 to 1: of its rows, or of its bytes."""

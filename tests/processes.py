@@ -1,0 +1,21 @@
+"""Waiting for other processes, and finding what they have started."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable
+from typing import Any
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.005)
+
+
+def session(leader: int) -> list[int]:
+    """Processes of the session that a process was started to lead, itself or not."""
+    found = subprocess.run(["ps", "-o", "pid=", "-s", str(leader)], stdout=subprocess.PIPE, text=True)
+    return [int(line) for line in found.stdout.split()]
