@@ -1,79 +1,69 @@
-"""Samples a second of our `Materialiser` against webdataset's own pipeline on the same shards.
+"""Samples a second of our `Materialiser` against the loaders that one would pick instead, on the same shards.
 
     planned      packs of a plan, every sample read at its place in its shard, in an order shuffled over all shards
-    webdataset   shards read from end to end, shuffled in a buffer of 1000 samples
+    webdataset, open_clip, energon      see `benchmarks.loader_arms`
 
-Decoding, resizing, tokenising and collating are the same functions in both, and so is torch's loader below both, which
-brings batches of as many samples, on average, to the main process. So the ratio says what reading at a place costs.
+The arms take turns, forwards and backwards, so that a busy machine slows them all; a turn is one pass over all samples.
+The whole includes the start of the workers, and of some loaders the filling of a shuffle; what a long training run
+sees is the steady time, after the first batch. Before the turns, one pass that is not timed fills the page cache and
+checks that all arms give every sample once, with the same captions and the same pixels to the last bit.
 
-The arms take turns, so that a busy machine slows both; a turn is one pass over all samples, the start of the workers
-included. It is checked that both give every sample once, with the same number of tokens.
+Shards and workers share the samples evenly, in whole batches: otherwise the end of a short pass, where one worker still
+has a batch to make and the other has none, would weigh more than what differs between the loaders. A sample's processor
+time, which counts the workers' too, says what is left of a ratio when other work runs beside.
 
     python -m benchmarks.loader            photos written for the benchmark, and the drawings of the demo corpus
     python -m benchmarks.loader --quick    few photos and turns, to see that it runs
+
+An arm whose packages are missing is left out with a sentence that names them.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import io
+import itertools
+import os
 import statistics
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import yaml
 from PIL import Image as Pillow
-from torch.utils.data import DataLoader
-from webdataset.compat import WebDataset, WebLoader
 
+from benchmarks.loader_arms import ARMS, Contents, Corpus
 from benchmarks.train import byte_tokenizer
 from mm.data.card import Card
 from mm.data.index import Index, index_card
-from mm.data.shards import Record
 from mm.encoders.adapters import AveragePool
 from mm.encoders.vision import ImageTransform
-from mm.packing.batch import Batch
-from mm.packing.collate import Document, Entrance, Processor
-from mm.packing.materialise import Materialiser, MicroStep
+from mm.packing.collate import Entrance, Processor
 from mm.packing.options import PackingOptions
 from mm.packing.plan import Plan
 from mm.packing.streams import QUANTITIES, Source
-from mm.sample import Modality
+from mm.sample import Image, Modality, Text
 
 SHARDS = 4
-SIZE = (768, 1024)  # rows and columns of a photo
+BATCH = 15  # samples; as many photos fill a pack, and as many drawings on average
 CAPACITY = 1024
-PREFETCH = 4  # batches a worker
-BUFFER = 1000  # samples in webdataset's shuffle
+SIZE = (768, 1024)  # rows and columns of a photo
+DRAWINGS = 3600  # the 1841 of the demo corpus, almost twice
 DEMO = Path(__file__).parents[1] / "data_cards" / "demo" / "card.yaml"
 
 
-def write_photos(folder: Path, number: int) -> Path:
-    """Shards of JPEGs with captions; returns their card. A photo is noise at two scales, some 200 kB."""
+def photos() -> Iterator[tuple[bytes, str]]:
+    """JPEGs of some 200 kB with captions of one length. A photo is noise at two scales."""
     random = np.random.default_rng(0)
-    for shard in range(SHARDS):
-        with tarfile.open(folder / f"photos-{shard}.tar", "w") as tar:
-            for row in range(shard * number // SHARDS, (shard + 1) * number // SHARDS):
-                _add(tar, f"{row:06d}.jpg", photo(random))
-                _add(tar, f"{row:06d}.txt", b"a photo of noise with the number %d" % row)
-    card = {
-        "name": "photos",
-        "licence": "CC0-1.0",
-        "origin": "python -m benchmarks.loader",
-        "format": "webdataset",
-        "splits": {"train": {"shards": ["photos-*.tar"]}},
-        "sample": [{"image": "jpg"}, {"text": "txt"}],
-    }
-    path = folder / "photos.yaml"
-    path.write_text(yaml.safe_dump(card, sort_keys=False))
-    return path
+    for number in itertools.count():
+        yield photo(random), f"photo no. {number:06d}"
 
 
 def photo(random: np.random.Generator) -> bytes:
@@ -86,7 +76,41 @@ def photo(random: np.random.Generator) -> bytes:
     return stream.getvalue()
 
 
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+def drawings(folder: Path) -> Iterator[tuple[bytes, str]]:
+    """WebP files of the demo corpus with their captions, which OpenCLIP reads from files of their own only."""
+    index = index_card(Card.load(DEMO), "train", folder, progress=False)
+    for row in range(index.rows):
+        image, text = index.sample(row).parts
+        assert isinstance(image, Image)
+        assert isinstance(text, Text)
+        yield image.data, text.text
+
+
+def write_corpus(folder: Path, name: str, extension: str, pairs: Iterator[tuple[bytes, str]], samples: int) -> Corpus:
+    """The first so many pairs as shards, with all that the arms need to load them."""
+    shards = folder / "shards"
+    shards.mkdir(parents=True)
+    for shard in range(SHARDS):
+        with tarfile.open(shards / f"{name}-{shard}.tar", "w") as tar:
+            for row, (picture, caption) in enumerate(itertools.islice(pairs, samples // SHARDS)):
+                add(tar, f"{shard}-{row:06d}.{extension}", picture)
+                add(tar, f"{shard}-{row:06d}.txt", caption.encode())
+    card = {
+        "name": name,
+        "licence": "see the card of the demo corpus; photos are CC0-1.0",
+        "origin": "python -m benchmarks.loader",
+        "format": "webdataset",
+        "splits": {"train": {"shards": [f"shards/{name}-*.tar"]}},
+        "sample": [{"image": extension}, {"text": "txt"}],
+    }
+    path = folder / "card.yaml"
+    path.write_text(yaml.safe_dump(card, sort_keys=False))
+    index, process = index_card(Card.load(path), "train", folder / "index", progress=False), processor()
+    plan = make_plan(index, process, folder / "plan")
+    return Corpus(shards, extension, index, plan, process, BATCH)
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     member = tarfile.TarInfo(name)
     member.size = len(data)
     tar.addfile(member, io.BytesIO(data))
@@ -117,94 +141,97 @@ def make_plan(index: Index, process: Processor, folder: Path) -> Plan:
     return Plan.open(folder, [source], PackingOptions(capacity=CAPACITY, batch=1), seed=0, epochs=1)
 
 
-def planned(plan: Plan, index: Index, process: Processor, workers: int) -> Iterable[Batch]:
-    """Our loader, as `mm.train.loop` makes it."""
-    packs = [MicroStep(number, (number,)) for number in range(plan.total_packs() or 0)]
-    return DataLoader(
-        Materialiser(plan.reader(), [index], process, names=[index.card.name]),
-        sampler=packs,
-        batch_size=None,
-        num_workers=workers,
-        prefetch_factor=PREFETCH if workers else None,
-    )
+class Pass(NamedTuple):
+    """What a pass over all samples took, in seconds.
+
+    whole: by the clock
+    steady: by the clock, after the first batch had come
+    processor: processor time of this process and its workers
+    """
+
+    whole: float
+    steady: float
+    processor: float
 
 
-def streamed(shards: Sequence[str], card: Card, process: Processor, samples: int, workers: int) -> Iterable[Batch]:
-    """webdataset's pipeline, with batches of so many samples."""
-    pipeline = WebDataset(list(shards), shardshuffle=len(shards), seed=0).shuffle(BUFFER)
-    batches = pipeline.map(partial(to_document, card, process)).batched(samples, partial(collate, process))
-    return WebLoader(batches, batch_size=None, num_workers=workers, prefetch_factor=PREFETCH if workers else None)
+def one_pass(load: Callable[[], Iterable[Any]]) -> Pass:
+    gc.collect()
+    before, start, first = sum(os.times()[:4]), time.perf_counter(), 0.0
+    loader = load()
+    for _ in loader:
+        first = first or time.perf_counter()
+    end = time.perf_counter()
+    del loader
+    gc.collect()  # ends workers that wait for another epoch: the time of a process is counted when it has ended
+    return Pass(end - start, end - first, sum(os.times()[:4]) - before)
 
 
-def to_document(card: Card, process: Processor, stored: dict[str, Any]) -> Document:
-    """A sample of webdataset through the functions that ours goes through."""
-    fields = {name: value for name, value in stored.items() if not name.startswith("__")}
-    return process.document(card.sample(Record(stored["__key__"], fields)))
+def contents(name: str, corpus: Corpus, workers: int) -> Contents:
+    """What a pass gives."""
+    batches = [ARMS[name].contents(batch) for batch in ARMS[name].load(corpus, workers)]
+    return Contents(*map(sum, zip(*batches, strict=True)))
 
 
-def collate(process: Processor, documents: Sequence[Document]) -> Batch:
-    return process.collate([documents], [[(0, 0)] * len(documents)])
+def compare(corpus: Corpus, names: Sequence[str], workers: int, turns: int) -> None:
+    """Prints what each arm takes, and how many times as long as ours."""
+    found = {name: contents(name, corpus, workers) for name in names}
+    if len(set(found.values())) > 1 or found["planned"].samples != corpus.index.rows:
+        raise SystemExit(f"the arms do not give the same: {found}, of {corpus.index.rows} samples")
+    passes: dict[str, list[Pass]] = {name: [] for name in names}
+    for turn in range(turns):
+        for name in names[:: -1 if turn % 2 else 1]:
+            passes[name].append(one_pass(partial(ARMS[name].load, corpus, workers)))
+    title = f"{workers} workers" if workers else "in sequence"
+    print(f"  {title:12} samples/s  first batch  processor   planned is as fast, {' / '.join(Pass._fields)}")
+    for name in names:
+        whole, steady, processor = (statistics.median(times) for times in zip(*passes[name], strict=True))
+        line = f"    {name:10} {corpus.index.rows / whole:9.0f} {whole - steady:10.1f} s"
+        line += f" {processor / corpus.index.rows * 1e3:7.2f} ms"
+        if name != "planned":
+            pairs = zip(zip(*passes[name], strict=True), zip(*passes["planned"], strict=True), strict=True)
+            line += "   " + " / ".join(ratio(theirs, ours) for theirs, ours in pairs)
+        print(line, flush=True)
 
 
-def one_pass(loader: Iterable[Batch]) -> tuple[float, int, int]:
-    """Samples a second, samples and tokens of one pass."""
-    samples = tokens = 0
-    start = time.perf_counter()
-    for batch in loader:
-        samples += int((batch.rows[:, 0] >= 0).sum())
-        tokens += batch.real_tokens
-    return samples / (time.perf_counter() - start), samples, tokens
+def ratio(theirs: Sequence[float], ours: Sequence[float]) -> str:
+    """Median, smallest and largest of the ratios of passes that ran one after the other."""
+    ratios = [their / our for their, our in zip(theirs, ours, strict=True)]
+    return f"{statistics.median(ratios):.2f} × ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
-def compare(card_path: Path, worker_counts: Sequence[int], turns: int, folder: Path) -> None:
-    """Prints samples a second of both and their ratio, for each number of workers."""
-    card, process = Card.load(card_path), processor()
-    index = index_card(card, "train", folder / "index", progress=False)
-    plan = make_plan(index, process, folder / "plan")
-    shards = [shard.shard for shard in index.shards]
-    a_batch = round(index.rows / (plan.total_packs() or 1))
-    size = sum(Path(shard).stat().st_size for shard in shards) / index.rows / 1e3
-    print(
-        f"\n{card.name}: {index.rows} samples of {size:.0f} kB, {len(shards)} shards, {a_batch} a batch, {turns} turns"
-    )
-    for workers in worker_counts:
-        arms: dict[str, Callable[[], Iterable[Batch]]] = {
-            "planned": partial(planned, plan, index, process, workers),
-            "webdataset": partial(streamed, shards, card, process, a_batch, workers),
-        }
-        speeds: dict[str, list[float]] = {name: [] for name in arms}
-        for turn in range(turns + 1):
-            contents = {}
-            for name in sorted(arms, reverse=turn % 2 == 1):
-                speed, *contents[name] = one_pass(arms[name]())
-                if turn:  # the first brings the shards into the page cache
-                    speeds[name].append(speed)
-            if contents["planned"] != contents["webdataset"] or contents["planned"][0] != index.rows:
-                raise SystemExit(f"the arms gave other (samples, tokens): {contents} of {index.rows} samples")
-        ratios = [our / their for our, their in zip(speeds["planned"], speeds["webdataset"], strict=True)]
-        print(
-            f"  {f'{workers} workers' if workers else 'in sequence':12} "
-            f"planned {statistics.median(speeds['planned']):6.0f} samples/s, "
-            f"webdataset {statistics.median(speeds['webdataset']):6.0f}   "
-            f"planned is {statistics.median(ratios):.2f} × ({min(ratios):.2f} to {max(ratios):.2f})",
-            flush=True,
-        )
+def present(names: Sequence[str]) -> list[str]:
+    """Ours, and those of the others that the environment has all packages for."""
+    for name in names:
+        if missing := ARMS[name].missing:
+            packages = " ".join(map(repr, missing))
+            print(f"{name} is left out: it needs `pip install {packages}`, in a copy of the environment of the suite")
+    return ["planned", *(name for name in names if not ARMS[name].missing)]
 
 
 def main() -> None:
+    others = [name for name in ARMS if name != "planned"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few photos and turns: shows that it runs")
-    parser.add_argument("--workers", type=int, nargs="+", default=[2, 0], help="loader processes; 0: in sequence")
-    parser.add_argument("--photos", type=int, default=480)
+    parser.add_argument("--arms", nargs="+", choices=others, default=others, help="loaders to compare ours with")
+    parser.add_argument("--workers", type=int, nargs="+", choices=(0, 1, 2, 4), default=[2, 0], help="0: in sequence")
+    parser.add_argument("--photos", type=int, default=960, help=f"a multiple of {SHARDS * BATCH}")
     parser.add_argument("--turns", type=int, default=5)
     options = parser.parse_args()
-    photos, turns = (48, 2) if options.quick else (options.photos, options.turns)
+    if options.photos % (SHARDS * BATCH):
+        parser.error(f"--photos {options.photos}: expected a multiple of {SHARDS} shards × {BATCH} a batch")
+    number, turns = (SHARDS * BATCH, 2) if options.quick else (options.photos, options.turns)
+    names = present(options.arms)
     torch.set_num_threads(1)  # as torch does in loader workers
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        compare(write_photos(folder, photos), options.workers, turns, folder / "photos")
+        corpora = [write_corpus(folder / "photos", "photos", "jpg", photos(), number)]
         if not options.quick:
-            compare(DEMO, options.workers, turns, folder / "demo")
+            pairs = itertools.cycle(drawings(folder / "demo"))
+            corpora.append(write_corpus(folder / "drawings", "drawings", "webp", pairs, DRAWINGS))
+        for corpus in corpora:
+            print(f"\n{corpus}, {turns} turns")
+            for workers in options.workers:
+                compare(corpus, names, workers, turns)
 
 
 if __name__ == "__main__":

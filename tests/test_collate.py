@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
-from mm.packing.batch import IGNORE
+from mm.packing.batch import IGNORE, Media
 from mm.packing.collate import Document, LengthMismatch, Processor
+from mm.sample import Modality
 from mm.tokenizers.text import TextTokenizer
 
 
@@ -67,3 +70,30 @@ def test_an_empty_pack_is_one_token_without_loss_so_that_its_rank_takes_part(pro
 def test_a_pack_over_its_capacity_is_an_error_that_names_both_counts(processor: Processor) -> None:
     with pytest.raises(LengthMismatch, match=r"5 tokens.*capacity of 4"):
         processor.collate([[FIRST, SECOND]], [ROWS[0]], capacity=4)
+
+
+def test_a_loader_worker_hands_a_batch_over_as_it_is_with_only_the_encoders_inputs_in_shared_memory(
+    processor: Processor,
+) -> None:
+    media = Media(
+        {"pixels": torch.arange(12).view(2, 6)}, ((1, 2), (1, 1)), torch.tensor([0, 1, 5]), torch.tensor([0, 2])
+    )
+    sent = processor.collate([[FIRST, SECOND], [THIRD]], ROWS, broken=[("a, row 1", "empty picture file")])
+    sent = replace(sent, media={Modality.IMAGE: media})
+    (received,) = DataLoader([sent], batch_size=None, num_workers=1)  # type: ignore[arg-type]
+    came = received.media.pop(Modality.IMAGE)
+    assert_equal_fields(replace(sent, media={}), received)
+    assert torch.equal(media.inputs["pixels"], came.inputs["pixels"])
+    assert_equal_fields(replace(media, inputs={}), replace(came, inputs={}))
+    assert came.inputs["pixels"].is_shared()
+    assert not any(tensor.is_shared() for tensor in (received.tokens, received.rows, came.slots, came.documents))
+
+
+def assert_equal_fields(one: object, other: object) -> None:
+    assert type(one) is type(other)
+    for entry in fields(one):  # type: ignore[arg-type]
+        first, second = getattr(one, entry.name), getattr(other, entry.name)
+        if isinstance(first, torch.Tensor):
+            assert (first.dtype, first.tolist()) == (second.dtype, second.tolist()), entry.name
+        else:
+            assert first == second, entry.name

@@ -14,7 +14,7 @@ from PIL import Image as PillowImage
 from PIL import ImageFile
 
 from mm import media
-from mm.media import BrokenMedia, ImageFacts, PointFacts, SpeechFacts, Waveform, decode, facts
+from mm.media import BrokenMedia, ImageFacts, PointFacts, SpeechFacts, Waveform, decode, facts, measure
 from mm.sample import Image, MediaPart, PointCloud, Speech
 
 RATE = 16_000
@@ -49,14 +49,14 @@ def decoded_picture(data: bytes) -> np.ndarray:
     item = decode(Image(data))
     assert isinstance(item, PillowImage.Image)
     assert item.mode == "RGB"
-    assert facts(Image(data)) == item.size
+    assert facts(Image(data)) == measure(item) == item.size
     return np.asarray(item)
 
 
 def decoded_waveform(data: bytes) -> Waveform:
     item = decode(Speech(data))
     assert isinstance(item, Waveform)
-    assert facts(Speech(data)) == (len(item.samples), item.rate)
+    assert facts(Speech(data)) == measure(item) == (len(item.samples), item.rate)
     return item
 
 
@@ -305,7 +305,7 @@ def test_points_come_as_float32(dtype: type | str, channels: int) -> None:
     data = points(cloud)
     item = decode(PointCloud(data))
     assert isinstance(item, np.ndarray)
-    assert facts(PointCloud(data)) == PointFacts(*item.shape) == PointFacts(5, channels)
+    assert facts(PointCloud(data)) == measure(item) == PointFacts(5, channels)
     assert item.dtype == np.float32
     assert np.array_equal(item, cloud.astype(np.float32))
 

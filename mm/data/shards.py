@@ -573,7 +573,8 @@ def _entries(stream: IO[bytes], size: int) -> Iterator[_Entry]:
             data = b""
             stream.seek(padded, io.SEEK_CUR)
         else:
-            data = stream.read(padded)[:length]
+            data = stream.read(length)  # apart from its padding: cutting that off would copy the member
+            stream.read(padded - length)
         position += padded
         yield _Entry(name, kind, start, min(position, size), length, data)
 

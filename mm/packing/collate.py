@@ -135,10 +135,10 @@ class Processor:
             else:
                 kind = piece.part.modality
                 entrance = self.entrance(kind)
-                grid = entrance.transform.grid(media.facts(piece.part))
+                decoded = media.decode(piece.part)
+                grid = entrance.transform.grid(media.measure(decoded))
                 size = entrance.adapter.length(grid)
-                prepared = entrance.transform.prepare(media.decode(piece.part))
-                items.append(Item(kind, prepared, grid, length, size))
+                items.append(Item(kind, entrance.transform.prepare(decoded), grid, length, size))
                 tokens.extend([self.text.pad] * size)
             weights.extend([1.0 if piece.loss and piece.part is None else 0.0] * size)
             modality.extend([kind] * size)
