@@ -48,7 +48,7 @@ from mm.encoders.vision import ImageTransform
 from mm.packing.collate import Entrance, Processor
 from mm.packing.options import PackingOptions
 from mm.packing.plan import Plan
-from mm.packing.streams import QUANTITIES, Source
+from mm.packing.source import QUANTITIES, Rows, Source
 from mm.sample import Image, Modality, Text
 
 SHARDS = 4
@@ -130,14 +130,8 @@ def make_plan(index: Index, process: Processor, folder: Path) -> Plan:
         media = sum(process.media_length(Modality.IMAGE, facts) for facts in images)
         tokens[row] = process.text_length(index.sample(row)).tokens + media
         counts[row, QUANTITIES.index(Modality.IMAGE.label)] = len(images)
-    source = Source(
-        name=index.card.name,
-        shards=np.diff(index.starts),
-        tokens=tokens,
-        choice_probabilities=np.ones(1),
-        counts=counts,
-        fingerprint=index.fingerprint,
-    )
+    rows = Rows(np.diff(index.starts), tokens, counts)
+    source = Source.of_rows(index.card.name, rows, np.ones(1), index.fingerprint)
     return Plan.open(folder, [source], PackingOptions(capacity=CAPACITY, batch=1), seed=0, epochs=1)
 
 

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from webdataset.compat import WebDataset, WebLoader
 
 from mm.data.card import Card
-from mm.data.index import Index
+from mm.data.index import Index, SplitSamples
 from mm.data.shards import Record
 from mm.encoders.vision import ImageTransform
 from mm.packing.batch import Batch
@@ -68,6 +68,10 @@ class Corpus:
         return [shard.shard for shard in self.index.shards]
 
     @property
+    def samples(self) -> SplitSamples:
+        return SplitSamples(self.index.card, self.index.split, self.index.folder, self.shards, self.index)
+
+    @property
     def transform(self) -> ImageTransform:
         transform = self.processor.entrance(Modality.IMAGE).transform
         assert isinstance(transform, ImageTransform)
@@ -86,7 +90,7 @@ def planned(corpus: Corpus, workers: int) -> Iterable[Batch]:
     """Our loader, as `mm.train.loop` makes it."""
     packs = [MicroStep(number, (number,)) for number in range(corpus.plan.total_packs() or 0)]
     return DataLoader(
-        Materialiser(corpus.plan.reader(), [corpus.index], corpus.processor, names=[corpus.index.card.name]),
+        Materialiser(corpus.plan.reader(), [corpus.samples], corpus.processor, names=[corpus.index.card.name]),
         sampler=packs,
         batch_size=None,
         num_workers=workers,
@@ -109,7 +113,7 @@ def to_document(card: Card, processor: Processor, stored: dict[str, Any]) -> Doc
 
 
 def collate(processor: Processor, documents: Sequence[Document]) -> Batch:
-    return processor.collate([documents], [[(0, 0)] * len(documents)])
+    return processor.collate([documents], [[(0, 0, 0)] * len(documents)])
 
 
 def open_clip(corpus: Corpus, workers: int) -> Iterable[tuple[Tensor, Tensor]]:
