@@ -49,8 +49,8 @@ _DAMAGE = b"mm.damage"
 class ParquetRows(Content):
     """The rows of a parquet file, of some columns, as an Arrow IPC file.
 
-    A row group has ⌈rows / BATCH⌉ batches, so that a place tells the batch. Those that cannot be decoded are empty, and
-    the first of them says why.
+    A row group has ⌈rows / BATCH⌉ batches, so that a place tells the batch. Those that cannot be decoded are empty and
+    say why.
     """
 
     path: str
@@ -59,7 +59,7 @@ class ParquetRows(Content):
 
     @property
     def name(self) -> str:
-        identity = [self.path, *self.stat, "rows", VERSION, *sorted(self.columns)]
+        identity = [self.path, *self.stat, "rows", VERSION, BATCH, *sorted(self.columns)]
         return entry_name(f"{self.path}.rows", identity, size=0)
 
     def check(self) -> None:
