@@ -90,16 +90,15 @@ class SteeredPacker(Packer):
     def _most_items(self, room: int, free: int, due: int) -> tuple[Shelf, int] | None:
         """The light sample with most items, of those the longest, that leaves the reserve."""
         for shelf in self.light:
-            if rank := self._rank(shelf, room, free, due):
+            if shelf.lengths[0] <= room and (rank := self._rank(shelf, room, free, due)):
                 return shelf, rank
         return None
 
     def _rank(self, shelf: Shelf, room: int, free: int, due: int) -> int:
         """Rank of the longest sample that leaves the reserve for each item `due` but its own; 0 if none does."""
-        if not self.fields.fit(shelf.need, free):
-            return 0
         rest = due - shelf.needs[self.steering]
-        return shelf.longest(room - self.reserve * rest if rest > 0 else room)
+        most = room - self.reserve * rest if rest > 0 else room
+        return shelf.longest(most) if self.fields.fit(shelf.need, free) else 0
 
     def _items(self, free: int) -> int:
         """Items of the steering modality in a pack with this room."""
