@@ -198,7 +198,7 @@ def test_materialised_state_is_the_one_that_adamw_makes_and_changes_no_step(fuse
         for group in optimizer.param_groups:
             group["fused"] = fused
     before = copy.deepcopy(materialised.state_dict())
-    materialise_state(optimizers[1])
+    materialise_state(optimizers[1], OptimOptions())
     assert all(torch.equal(before[name], value) for name, value in materialised.state_dict().items())
     created = {name: list(optimizers[1].state[p]) for name, p in materialised.named_parameters()}
 
@@ -215,7 +215,7 @@ def test_materialised_state_is_the_one_that_adamw_makes_and_changes_no_step(fuse
 def test_every_trainable_parameter_has_state_before_its_first_gradient():
     model = Model()
     optimizer = build_optimizer(model, OptimOptions())
-    materialise_state(optimizer)
+    materialise_state(optimizer, OptimOptions())
     get_state_dict(model, optimizer)  # which steps an optimizer that has no state
     assert set(optimizer.state) == set(model.parameters())
     assert all(state["step"] == 0 for state in optimizer.state.values())
@@ -225,7 +225,7 @@ def test_materialising_keeps_the_state_that_is_there():
     model = Model()
     optimizer = build_optimizer(model, OptimOptions())
     step_twice(model, optimizer)
-    materialise_state(optimizer)
+    materialise_state(optimizer, OptimOptions())
     assert optimizer.state[model.adapter.weight]["step"] == 2
 
 
@@ -239,7 +239,7 @@ def test_a_resumed_run_keeps_its_moments_and_follows_the_rates_of_the_recipe_tha
 
     options = OptimOptions(lr=1e-4, weight_decay=0.7, parts=[Part("^encoder", lr=1e-5)])
     new = build_optimizer(model, options)
-    materialise_state(new)
+    materialise_state(new, OptimOptions())
     weights, state = get_state_dict(model, new, options=regroupable)
     load(state, checkpoint_id=tmp_path)
     set_state_dict(model, new, model_state_dict=weights, optim_state_dict=state, options=regroupable)
@@ -307,7 +307,7 @@ def train_sharded(rank: int, size: int, folder: str) -> None:
     mesh = init_device_mesh("cpu", (size,))
     fully_shard(model, mesh=mesh, ignored_params=set(model.encoder.parameters()))
     optimizer = build_optimizer(model, options)
-    materialise_state(optimizer)
+    materialise_state(optimizer, OptimOptions())
     norms = []
     for seed in range(3):
         loss_of(model, seed).backward()
