@@ -20,7 +20,7 @@ from mm.train import checkpoint
 from mm.train.average import AverageOptions, averaged
 from mm.train.checkpoint import CheckpointError
 from mm.train.export import export_run, load_trained
-from mm.train.optim import OptimOptions, build_optimizer, materialise_state
+from mm.train.optim import OptimOptions, build_optimizer, materialise_state, restore_options
 from mm.train.parallel import Engine, World
 from tests.small_world import fork_run, losses, tiny_model, train_here, train_together
 
@@ -108,6 +108,16 @@ def test_the_model_holds_its_averages_for_a_while_and_then_every_bit_of_its_own(
     assert all(torch.equal(one, other) for one, other in zip(model.parameters(), own, strict=True))
     kept = [optimizer.state[parameter]["average"] for parameter in model.parameters()]
     assert all(torch.equal(one, other) for one, other in zip(kept, averages, strict=True))
+
+
+def test_an_average_that_has_not_begun_follows_the_weights_that_are_loaded() -> None:
+    model = small()
+    options = OptimOptions(average=AverageOptions())
+    optimizer = build_optimizer(model, options)
+    materialise_state(optimizer, options)
+    nn.init.ones_(model[0].weight)
+    restore_options(optimizer, model, options)
+    assert torch.equal(optimizer.state[model[0].weight]["average"], model[0].weight)
 
 
 # ----------------------------------------------------------------------------------------------------------- in a run
