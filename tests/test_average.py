@@ -211,22 +211,22 @@ def test_one_process_resumes_with_the_same_bits_of_the_average(run: Path, recipe
         assert losses(forked, figure) == losses(run, figure)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_two_processes_average_as_one_and_go_on_from_what_one_saved(
-    run: Path, recipe: Path, tmp_path: Path, precision: str
-) -> None:
-    if precision == "bf16":
-        run = train_here(recipe, f"run={tmp_path / 'one'}", *RUN, "precision=bf16")
-    forked, two = fork_run(run, tmp_path / "forked", step=2), tmp_path / "two"
-    changes = (*RUN, f"precision={precision}")
-    train_together(tmp_path, 2, [[str(recipe), f"run={forked}", *changes], [str(recipe), f"run={two}", *changes]])
-    bound = 1e-5 if precision == "fp32" else 5e-3
-    for other in (forked, two):
-        assert losses(other, "average/validation_loss") == pytest.approx(
-            losses(run, "average/validation_loss"), rel=bound
-        )
-        for name, tensor in state(run, average=True).items():
-            torch.testing.assert_close(state(other, average=True)[name], tensor, rtol=0, atol=bound)
+def test_two_processes_average_as_one_and_go_on_from_what_one_saved(run: Path, recipe: Path, tmp_path: Path) -> None:
+    forked, two, bf16 = fork_run(run, tmp_path / "forked", step=2), tmp_path / "two", tmp_path / "bf16"
+    train_together(
+        tmp_path,
+        2,
+        [
+            [str(recipe), f"run={forked}", *RUN],
+            [str(recipe), f"run={two}", *RUN],
+            [str(recipe), f"run={bf16}", *RUN, "precision=bf16"],
+        ],
+    )
+    expected, validation = state(run, average=True), losses(run, "average/validation_loss")
+    for other, bound in ((forked, 1e-5), (two, 1e-5), (bf16, 5e-3)):
+        assert losses(other, "average/validation_loss") == pytest.approx(validation, rel=bound)
+        for name, tensor in state(other, average=True).items():
+            torch.testing.assert_close(tensor, expected[name], rtol=0, atol=bound)
 
 
 def test_an_average_may_begin_in_a_run_or_with_a_stage_and_starts_at_the_weights_there(
