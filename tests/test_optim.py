@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from omegaconf import OmegaConf
+from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
@@ -22,9 +22,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import spawn
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import optimization
 
+from mm import configure
 from mm.configure import RecipeError
+from mm.encoders.vision import TimmEncoder
+from mm.train.average import AverageOptions
 from mm.train.optim import (
+    WRAPPERS,
     OptimOptions,
     Part,
     build_optimizer,
@@ -163,11 +169,66 @@ def test_an_optimizer_is_not_built_before_freezing():
 
 
 def test_the_options_are_a_schema_for_recipes():
-    recipe = OmegaConf.create(
-        {"betas": [0.8, 0.9], "parts": [{"match": "^a", "lr": 1e-3}, {"match": "b", "freeze": True}]}
+    recipe = {"kind": "muon", "betas": [0.8, 0.9], "parts": [{"match": "^a", "lr": 1e-3}], "average": {"decay": 0.5}}
+    options = configure.typed(OptimOptions, recipe)
+    assert options == OptimOptions(
+        "muon", betas=(0.8, 0.9), parts=[Part("^a", lr=1e-3)], average=AverageOptions(decay=0.5)
     )
-    options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(OptimOptions), recipe))
-    assert options == OptimOptions(betas=(0.8, 0.9), parts=[Part("^a", lr=1e-3), Part("b", freeze=True)])
+    assert configure.typed(OptimOptions, {"average": {}}).average == AverageOptions()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        ({"kind": "lion"}, "`kind` is 'lion'; expected one of 'adamw', 'muon'"),
+        ({"parts": [{"match": "a", "kind": "sgd"}]}, r"`parts\.0\.kind` is 'sgd'; expected one of 'adamw', 'muon'"),
+        (
+            {"parts": [{"match": "a", "layer_decay": 1.5}]},
+            r"layer_decay of 'a' is 1\.5 and must be above 0 and at most 1",
+        ),
+        ({"parts": [{"match": "a", "lr": -1.0}]}, r"optim\.parts: lr of 'a' is -1\.0 and must be at least 0"),
+        ({"lr": -1.0}, r"optim\.lr is -1\.0 and must be at least 0"),
+        ({"betas": [0.9, 1.0]}, r"optim\.betas is \(0\.9, 1\.0\) and must be at least 0 and below 1, both"),
+        ({"momentum": 1.0}, r"optim\.momentum is 1\.0 and must be at least 0 and below 1"),
+        ({"clip": 0.0}, r"optim\.clip is 0\.0 and must be positive; \.inf turns clipping off"),
+        ({"average": {"decay": 1.0}}, r"`average`: optim\.average\.decay is 1\.0 and must be at least 0 and below 1"),
+        ({"average": {"warmup": -1.0}}, r"optim\.average\.warmup is -1\.0 and must be at least 0"),
+        ({"average": {"rate": 1}}, r"`average\.rate`: unknown key\. Allowed: decay, validate, warmup"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused_with_what_is_allowed(recipe, said):
+    with pytest.raises(RecipeError, match=said):
+        configure.typed(OptimOptions, recipe)
+
+
+def test_the_rate_of_a_tower_falls_with_depth_as_timm_has_it():
+    encoder = TimmEncoder("test_vit", pretrained=False, image_size=32)
+    groups = groups_by_name(encoder, build_optimizer(encoder, OptimOptions(parts=[Part("", lr=0.1, layer_decay=0.75)])))
+    network = encoder.tower.network
+    scales = {
+        p: group["lr_scale"] for group in param_groups_layer_decay(network, layer_decay=0.75) for p in group["params"]
+    }
+    for name, parameter in encoder.named_parameters():
+        assert groups[name]["peak_lr"] == groups[name]["lr"] == pytest.approx(0.1 * scales[parameter], rel=1e-12)
+    assert groups["tower.network.cls_token"]["lr"] == pytest.approx(0.1 * 0.75**6)  # lr · γ^(L − i), six blocks
+    assert len({group["lr"] for group in groups.values()}) == 7
+
+
+def test_the_rate_falls_in_the_part_that_says_so_and_in_sharded_and_wrapped_towers_too(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    encoder = TimmEncoder("test_vit", pretrained=False, image_size=32)
+    options = OptimOptions(lr=1.0, parts=[Part(r"blocks\.[0-4]\.", layer_decay=0.5)])
+    plain = groups_by_name(encoder, build_optimizer(encoder, options))
+    blocks = encoder.tower.network.blocks
+    for number, block in enumerate(blocks):
+        blocks[number] = fully_shard(checkpoint_wrapper(block), mesh=init_device_mesh("cpu", (1,)))
+    sharded = groups_by_name(encoder, build_optimizer(encoder, options))
+    leave_world()
+    assert plain["tower.network.blocks.3.norm1.weight"]["lr"] == 0.25
+    assert plain["tower.network.blocks.5.norm1.weight"]["lr"] == plain["tower.network.pos_embed"]["lr"] == 1
+    assert {WRAPPERS.sub("", name): group["lr"] for name, group in sharded.items()} == {
+        name: group["lr"] for name, group in plain.items()
+    }
 
 
 def test_the_schedule_multiplies_the_peak_of_every_group():
@@ -198,7 +259,7 @@ def test_materialised_state_is_the_one_that_adamw_makes_and_changes_no_step(fuse
         for group in optimizer.param_groups:
             group["fused"] = fused
     before = copy.deepcopy(materialised.state_dict())
-    materialise_state(optimizers[1])
+    materialise_state(optimizers[1], OptimOptions())
     assert all(torch.equal(before[name], value) for name, value in materialised.state_dict().items())
     created = {name: list(optimizers[1].state[p]) for name, p in materialised.named_parameters()}
 
@@ -215,7 +276,7 @@ def test_materialised_state_is_the_one_that_adamw_makes_and_changes_no_step(fuse
 def test_every_trainable_parameter_has_state_before_its_first_gradient():
     model = Model()
     optimizer = build_optimizer(model, OptimOptions())
-    materialise_state(optimizer)
+    materialise_state(optimizer, OptimOptions())
     get_state_dict(model, optimizer)  # which steps an optimizer that has no state
     assert set(optimizer.state) == set(model.parameters())
     assert all(state["step"] == 0 for state in optimizer.state.values())
@@ -225,7 +286,7 @@ def test_materialising_keeps_the_state_that_is_there():
     model = Model()
     optimizer = build_optimizer(model, OptimOptions())
     step_twice(model, optimizer)
-    materialise_state(optimizer)
+    materialise_state(optimizer, OptimOptions())
     assert optimizer.state[model.adapter.weight]["step"] == 2
 
 
@@ -239,7 +300,7 @@ def test_a_resumed_run_keeps_its_moments_and_follows_the_rates_of_the_recipe_tha
 
     options = OptimOptions(lr=1e-4, weight_decay=0.7, parts=[Part("^encoder", lr=1e-5)])
     new = build_optimizer(model, options)
-    materialise_state(new)
+    materialise_state(new, options)
     weights, state = get_state_dict(model, new, options=regroupable)
     load(state, checkpoint_id=tmp_path)
     set_state_dict(model, new, model_state_dict=weights, optim_state_dict=state, options=regroupable)
@@ -307,7 +368,7 @@ def train_sharded(rank: int, size: int, folder: str) -> None:
     mesh = init_device_mesh("cpu", (size,))
     fully_shard(model, mesh=mesh, ignored_params=set(model.encoder.parameters()))
     optimizer = build_optimizer(model, options)
-    materialise_state(optimizer)
+    materialise_state(optimizer, OptimOptions())
     norms = []
     for seed in range(3):
         loss_of(model, seed).backward()
@@ -388,6 +449,68 @@ def test_every_schedule_reaches_the_peak_ends_at_the_floor_and_never_jumps(kind,
     assert all(after <= before + 1e-12 for before, after in pairwise(factors[warmup_steps:]))
 
 
+# What others' schedulers do in step s ours does in step s − 1: theirs waste the first on a rate of zero, and come to
+# the floor after the last. transformers' wsd starts its warm-up at the floor.
+OTHERS = {
+    "cosine": (
+        {"warmup": 7, "floor": 0.0},
+        lambda optimizer: optimization.get_cosine_schedule_with_warmup(optimizer, 7, 50),
+    ),
+    "cosine to a floor": (
+        {"kind": "cosine", "warmup": 7, "floor": 0.2},
+        lambda optimizer: optimization.get_cosine_with_min_lr_schedule_with_warmup(optimizer, 7, 50, min_lr_rate=0.2),
+    ),
+    "linear": (
+        {"kind": "linear", "warmup": 7, "floor": 0.0},
+        lambda optimizer: optimization.get_linear_schedule_with_warmup(optimizer, 7, 50),
+    ),
+    "constant": (
+        {"kind": "constant", "warmup": 7},
+        lambda optimizer: optimization.get_constant_schedule_with_warmup(optimizer, 7),
+    ),
+    "wsd": (
+        {"kind": "wsd", "warmup": 7, "decay": 0.3, "floor": 0.1, "start": 0.1},
+        lambda optimizer: optimization.get_wsd_schedule(optimizer, 7, 15, 50, decay_type="linear", min_lr_ratio=0.1),
+    ),
+    "wsd, 1-sqrt": (
+        {"kind": "wsd", "warmup": 7, "decay": 0.3, "floor": 0.1, "start": 0.1, "decay_shape": "1-sqrt"},
+        lambda optimizer: optimization.get_wsd_schedule(optimizer, 7, 15, 50, decay_type="1-sqrt", min_lr_ratio=0.1),
+    ),
+    "warmed up again": (
+        {"kind": "constant", "warmup": 7, "start": 0.1},
+        lambda optimizer: torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.1, total_iters=7),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_schedules_are_those_of_transformers_and_torch_a_step_earlier(name):
+    options, make = OTHERS[name]
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler: LRScheduler = make(optimizer)
+    theirs = []
+    for _ in range(50):
+        optimizer.step()
+        scheduler.step()
+        theirs.append(scheduler.get_last_lr()[0])
+    assert rates(50, **options) == pytest.approx(theirs, abs=1e-12)
+
+
+def test_wsd_comes_down_by_the_root_of_progress():
+    expected = [1] * 6 + [0.2 + 0.8 * (1 - math.sqrt(step / 4)) for step in (1, 2, 3, 4)]
+    assert rates(10, kind="wsd", warmup=1, decay=0.4, floor=0.2, decay_shape="1-sqrt") == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "wsd", "constant"])
+def test_a_trained_model_is_warmed_up_again_from_where_it_ended_to_a_fraction(kind):
+    factors = rates(40, kind=kind, warmup=5, start=0.1, peak=0.6, floor=0.1)
+    assert factors[:5] == pytest.approx([0.2, 0.3, 0.4, 0.5, 0.6])
+    assert max(factors) == pytest.approx(0.6)
+    assert factors[-1] == pytest.approx(0.6 if kind == "constant" else 0.1)
+    shape = [(factor - 0.1) / 0.5 for factor in factors[5:]]
+    assert shape == pytest.approx(rates(40, kind=kind, warmup=5, floor=0.0)[5:])
+
+
 def test_runs_that_are_too_short_and_shares_that_are_none_are_refused():
     with pytest.raises(RecipeError, match="5 steps has no room for 100 steps of warm-up"):
         rates(5, warmup=100)
@@ -397,5 +520,14 @@ def test_runs_that_are_too_short_and_shares_that_are_none_are_refused():
         ScheduleOptions(floor=3)
     with pytest.raises(RecipeError, match=r"warmup is 2\.5"):
         ScheduleOptions(warmup=2.5)
-    with pytest.raises(RecipeError, match="allowed: cosine, linear"):
+    with pytest.raises(RecipeError, match=r"schedule\.kind is 'cosinus'; allowed: cosine, linear, wsd, constant"):
         ScheduleOptions(kind="cosinus")  # type: ignore[arg-type]
+    with pytest.raises(RecipeError, match=r"schedule\.decay_shape is 'sqrt'; allowed: linear, 1-sqrt"):
+        ScheduleOptions(decay_shape="sqrt")  # type: ignore[arg-type]
+    with pytest.raises(RecipeError, match=r"schedule\.start is 0\.5 and must be at most schedule\.peak, which is 0\.3"):
+        ScheduleOptions(start=0.5, peak=0.3)
+    with pytest.raises(
+        RecipeError, match=r"schedule\.floor is 0\.1 and must be at most schedule\.peak, which is 0\.05"
+    ):
+        ScheduleOptions(peak=0.05)
+    assert rates(3, kind="constant", peak=0.05, warmup=0) == [0.05] * 3

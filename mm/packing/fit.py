@@ -23,7 +23,7 @@ RESERVES = (0.3, 0.0)
 """Ways of `SteeredPacker` that best-fit tries. Packs are about as few with 0.25 to 0.5 for the first."""
 
 CLOSE_ENOUGH = 1.01
-"""Within 1 % of the lower bound, best-fit does not try another way."""
+"""Within 1 % of the lower bound, best-fit tries no other way."""
 
 OPEN_PACKS = 8
 """Packs that next-8-fit keeps open. With 2, 4, 8 and 64 of them the benchmark's packs fill to 93, 98, 98.4, 98.5 %."""
@@ -73,7 +73,8 @@ def best_fit(
 ) -> Packs:
     """Packs of at most `capacity` tokens and `limits` items, few because samples are chosen by both.
 
-    The fewest packs of first-fit-decreasing and, where items are limited, of `SteeredPacker`.
+    Where items are limited, the fewest packs of `SteeredPacker` and first-fit-decreasing, or the first that are within
+    1 % of the lower bound; else the packs of first-fit-decreasing.
 
     Args:
         lengths: (n,) int, tokens of each sample, at least 1.
@@ -85,13 +86,14 @@ def best_fit(
     """
     lengths, needs, units = _in_units(*_checked(lengths, capacity, counts, limits))
     cells = Cells.of(lengths, needs)
-    patterns = Packer(cells, capacity, units).patterns()
     enough = CLOSE_ENOUGH * lower_bound(lengths, capacity, needs, units)
-    for quantile in RESERVES if len(units) else ():
-        if number_of(patterns) > enough:
-            steered = SteeredPacker(cells, capacity, units, quantile).patterns()
-            patterns = min(patterns, steered, key=number_of)
-    return Packs(*arrange(patterns, cells))
+    steered = [SteeredPacker(cells, capacity, units, quantile) for quantile in (RESERVES if len(units) else ())]
+    found = []
+    for packer in (*steered, Packer(cells, capacity, units)):
+        found.append(packer.patterns())
+        if number_of(found[-1]) <= enough:
+            break
+    return Packs(*arrange(min(found, key=number_of), cells))
 
 
 def first_fit_decreasing(

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
+from mm.train.average import AVERAGE, UPDATES
 from mm.train.parallel import World
 from mm.train.reading import DamagedCheckpoint, Planner, Reader
 
@@ -112,17 +113,19 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, next
     The optimizer's state must exist for every trainable parameter (`mm.train.optim.materialise_state`).
 
     Args:
-        next_stage: other parameters may train than in the checkpoint. Those that did not train there keep the state
-            they have.
+        next_stage: other parameters may train than in the checkpoint, by another optimizer. What was not saved keeps
+            the state it has.
+
+    Raises:
+        CheckpointError: weights or, within a stage, optimizer state are missing or of another shape.
     """
     position = read_position(path)
     model_state, optimizer_state = get_state_dict(model, optimizer, options=BY_NAME)
     _check_names(path, model_state)
-    if next_stage:
-        saved = Reader(path).read_metadata().state_dict_metadata
-        loadable = {name: value for name, value in optimizer_state.items() if f"optimizer.{name}" in saved}
-    else:
-        loadable = optimizer_state
+    saved = Reader(path).read_metadata().state_dict_metadata
+    loadable = {name: value for name, value in optimizer_state.items() if f"optimizer.{name}" in saved}
+    if not next_stage:
+        _check_optimizer(path, optimizer_state.keys() - loadable.keys())
     state = {"model": model_state, "optimizer": loadable}
     try:
         dcp.load(state, storage_reader=Reader(path), planner=Planner())
@@ -150,10 +153,43 @@ def load_weights(path: Path, model: nn.Module) -> None:
         return
     read_position(path)
     _check_names(path, wanted)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as `no_dist` asks for
-        dcp.load({"model": wanted}, storage_reader=Reader(path), planner=Planner(), no_dist=True)
+    _load_alone({"model": wanted}, path)
     model.load_state_dict(wanted)
+
+
+def load_averages(path: Path, model: nn.Module) -> None:
+    """Put the averages of a checkpoint in the place of the parameters that have one, in an unsharded model.
+
+    Raises:
+        CheckpointError: it has none.
+    """
+    saved = Reader(path).read_metadata().state_dict_metadata if (path / POSITION).exists() else {}
+    wanted = {f"state.{name}.{AVERAGE}": parameter.data for name, parameter in model.named_parameters()}
+    averages = {name: tensor for name, tensor in wanted.items() if f"optimizer.{name}" in saved}
+    if not averages:
+        raise CheckpointError(
+            f"{path} holds no averages: they are in the checkpoints of runs whose recipe has `optim.average`"
+        )
+    _load_alone({"optimizer": averages}, path)
+
+
+def load_mean(paths: Sequence[Path], model: nn.Module) -> None:
+    """Load the mean of the weights of several checkpoints into an unsharded model (Vaswani et al. 2017, section 6.1).
+
+    What is no floating-point number is taken from the last.
+
+    Raises:
+        CheckpointError: as `load_weights`, for any of them.
+    """
+    mean: dict[str, Tensor] = {}
+    for count, path in enumerate(paths, 1):
+        load_weights(path, model)
+        for name, tensor in model.state_dict().items():
+            if count == 1 or not tensor.is_floating_point():
+                mean[name] = tensor.clone()
+            else:
+                mean[name].lerp_(tensor, 1 / count)
+    model.load_state_dict(mean)
 
 
 def export_weights(path: Path, model: nn.Module, world: World | None = None) -> None:
@@ -173,8 +209,28 @@ def export_weights(path: Path, model: nn.Module, world: World | None = None) -> 
 
 def latest(folder: Path) -> Path | None:
     """The newest complete checkpoint below a folder."""
-    complete = sorted(path for path in folder.glob("step-*") if (path / POSITION).exists())
+    complete = complete_checkpoints(folder)
     return complete[-1] if complete else None
+
+
+def newest(run: Path, count: int) -> list[Path]:
+    """The newest `count` checkpoints of a run, oldest first.
+
+    Raises:
+        CheckpointError: it has fewer.
+    """
+    complete = complete_checkpoints(run / "checkpoints")
+    if not 1 <= count <= len(complete):
+        raise CheckpointError(
+            f"{run} has {len(complete)} checkpoints and {count} were asked for; `save_every` and `keep` of its recipe "
+            "say how many there are"
+        )
+    return complete[-count:]
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """All complete checkpoints below a folder, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if (path / POSITION).exists())
 
 
 def find(path: str | Path) -> Path:
@@ -182,18 +238,18 @@ def find(path: str | Path) -> Path:
     path = Path(path).expanduser()
     if (path / WEIGHTS).exists() or (path / POSITION).exists():
         return path
-    newest = latest(path / "checkpoints")
-    if newest is None:
+    last = latest(path / "checkpoints")
+    if last is None:
         raise CheckpointError(
             f"no weights in {path}: expected an export ({WEIGHTS}), a checkpoint ({POSITION}) or a run folder with "
             "checkpoints/"
         )
-    return newest
+    return last
 
 
 def keep_last(folder: Path, count: int) -> None:
     """Delete all complete checkpoints but the newest `count`."""
-    complete = sorted(path for path in folder.glob("step-*") if (path / POSITION).exists())
+    complete = complete_checkpoints(folder)
     for path in complete[: max(len(complete) - count, 0)]:
         doomed = path.with_name(f".{path.name}.partial")  # half-deleted is as invisible as half-written
         path.rename(doomed)
@@ -205,6 +261,31 @@ def read_position(path: Path) -> Position:
         return Position.read((path / POSITION).read_text())
     except FileNotFoundError:
         raise CheckpointError(f"{path} is no complete checkpoint: it has no {POSITION}") from None
+
+
+def _load_alone(state: dict[str, Any], path: Path) -> None:
+    """Fill the tensors of a state, without other processes."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as `no_dist` asks for
+        dcp.load(state, storage_reader=Reader(path), planner=Planner(), no_dist=True)
+
+
+def _check_optimizer(path: Path, missing: Iterable[str]) -> None:
+    """Raise if state is missing that only updates can make. Options are the recipe's, and an average may begin late."""
+    lacking = sorted(
+        name for name in missing if name.startswith("state.") and name.rpartition(".")[2] not in (AVERAGE, UPDATES)
+    )
+    if lacking:
+        raise CheckpointError(
+            f"{path} does not fit this recipe: it lacks {len(lacking)} entries of the optimizer's state, such as "
+            f"{lacking[0]!r}. If optim.kind or what trains has changed, add a stage that says so, or start a new run "
+            "with init_from"
+        )
+
+
+def check_architecture(path: Path, model: nn.Module) -> None:
+    """Raise `CheckpointError` with the names of all parameters that differ, before anything is indexed or planned."""
+    _check_names(path, model.state_dict())
 
 
 def _check_names(path: Path, state: dict) -> None:

@@ -41,12 +41,21 @@ def load_trained(path: str | Path) -> Trained:
     return Trained(recipe, model.eval(), Processor(TextTokenizer.load(recipe.tokenizer), model.entrances))
 
 
-def export_run(path: str | Path, folder: Path) -> Path:
-    """Write the weights of a run or checkpoint as safetensors into `folder`, with the recipe. Returns `folder`."""
+def export_run(path: str | Path, folder: Path, *, average: bool = False) -> Path:
+    """Write the weights of a run or checkpoint as safetensors into `folder`, with the recipe. Returns `folder`.
+
+    Args:
+        average: write the average over updates (`optim.average`) of what was trained.
+
+    Raises:
+        CheckpointError: no weights, no recipe or no averages there.
+    """
     weights = checkpoint.find(path)
     recipe = _recipe_of(weights)
     model = build_model(recipe.model)
     checkpoint.load_weights(weights, model)
+    if average:
+        checkpoint.load_averages(weights, model)
     checkpoint.export_weights(folder, model)
     (folder / "recipe.yaml").write_text(configure.to_yaml(recipe), encoding="utf-8")
     (folder / "versions.json").write_text(json.dumps(versions(), indent=1), encoding="utf-8")

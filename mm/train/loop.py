@@ -26,6 +26,7 @@ from mm.packing.batch import Batch
 from mm.packing.materialise import MicroStep
 from mm.sample import Modality
 from mm.train import checkpoint
+from mm.train.average import averaged
 from mm.train.checkpoint import Position
 from mm.train.dataset import PlannedData, check_division
 from mm.train.meter import JsonLines, Meter, Progress, TensorBoard, Writer, device_peak, training_factors
@@ -50,6 +51,9 @@ def train(recipe: Recipe) -> Path:
     with locked(recipe.folder):
         resumed = checkpoint.latest(recipe.folder / "checkpoints")
         position = checkpoint.read_position(resumed) if resumed else None
+        if resumed and position:
+            here = recipe.stage_recipes()[min(len(position.finished), len(recipe.stage_recipes()) - 1)]
+            checkpoint.check_architecture(resumed, build_model(here.model, meta=True))
         stages = open_stages(recipe, recipe.folder, position)
         first = next(stages)
         with join_world() as world:
@@ -78,8 +82,8 @@ def run(whole: Recipe, stage: Stage, world: World) -> Path:
     freeze(model, recipe.optim)
     factors = training_factors(trained_parts(model))
     parallelise(model, world, dtype)
-    optimizer = build_optimizer(model, recipe.optim)
-    materialise_state(optimizer)
+    optimizer = build_optimizer(model, recipe.optim, dtype)
+    materialise_state(optimizer, recipe.optim)
     engine = Engine(model, optimizer, world, recipe.optim.clip)
 
     position, total = stage.position, stage.end
@@ -137,6 +141,10 @@ def run(whole: Recipe, stage: Stage, world: World) -> Path:
             if held_out and validates:
                 with meter.paused():
                     figures |= validate(model, objective, held_out, world)
+                    if recipe.optim.average and recipe.optim.average.validate:
+                        with averaged(model, optimizer):
+                            of_average = validate(model, objective, held_out, world)
+                        figures |= {f"average/{name}": figure for name, figure in of_average.items()}
             if figures:
                 outputs.write(done, figures)
             if saves:

@@ -1,11 +1,11 @@
 """The optimizer of a run: which parameters train, at which rate, with which decay.
 
-    model + OptimOptions ──freeze──▶ requires_grad ──(sharding)──▶ build_optimizer ──▶ AdamW with parameter groups
+    model + OptimOptions ──freeze──▶ requires_grad ──(sharding)──▶ build_optimizer ──▶ AdamW or Muon with its groups
                                                                    materialise_state, before the first save or load
 
 A `part` of the recipe is a pattern on parameter names; the first that matches a parameter decides on it:
 
-    parts: [{match: "^decoder\\.", freeze: true}, {match: "^adapters\\.", lr: 1e-3}]
+    parts: [{match: "^decoder\\.", freeze: true}, {match: "^encoders\\.", lr: 1e-4, layer_decay: 0.8}]
 """
 
 from __future__ import annotations
@@ -14,13 +14,19 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mm.configure import RecipeError
+from mm.encoders.base import Encoder
+from mm.model.decoder import Decoder
+from mm.train.average import AVERAGE, AverageOptions, begin_averages, fresh_average, update_averages
+from mm.train.muon import Muon, fresh_state
+
+Kind = Literal["adamw", "muon"]
 
 WRAPPERS = re.compile(r"_checkpoint_wrapped_module\.|_orig_mod\.")
 """What activation checkpointing and torch.compile put into parameter names; patterns are written without it."""
@@ -34,39 +40,68 @@ class Part:
     freeze: do not train them
     lr: their peak learning rate (absolute), instead of the recipe's
     weight_decay: instead of the recipe's, for those of them that decay at all
+    kind: instead of the recipe's, for those of them that Muon takes at all
+    layer_decay: γ, by which the rate falls with every layer below the top of a tower: lr · γ^(L − i), where i counts
+        the L blocks from 1, what comes before them is layer 0, and what follows belongs to the last. As timm counts;
+        BEiT (Bao et al. 2022) and MAE (He et al. 2022, table 9) count the head as one layer more
     """
 
     match: str
     freeze: bool = False
     lr: float | None = None
     weight_decay: float | None = None
+    kind: Kind | None = None
+    layer_decay: float | None = None
 
     def __post_init__(self) -> None:
         try:
             re.compile(self.match)
         except re.error as error:
             raise RecipeError(f"optim.parts: {self.match!r} is no regular expression: {error}") from None
+        _require(self.lr is None or self.lr >= 0, f"parts: lr of {self.match!r}", self.lr, "at least 0")
+        _require(
+            self.layer_decay is None or 0 < self.layer_decay <= 1,
+            f"parts: layer_decay of {self.match!r}",
+            self.layer_decay,
+            "above 0 and at most 1",
+        )
 
 
 @dataclass
 class OptimOptions:
-    """`optim:` of a recipe: AdamW (Loshchilov and Hutter 2019).
+    """`optim:` of a recipe, see docs/optim.md.
 
-    lr: peak learning rate, which the schedule multiplies
+    kind: adamw (Loshchilov and Hutter 2019), or muon for the matrices of blocks and adamw for the rest
+    lr: peak learning rate, which the schedule multiplies; one that is right for adamw is right for muon
+    betas, eps: of adamw
+    momentum: of muon
     clip: largest norm of the global gradient; larger ones are scaled down to it
     parts: exceptions, see `Part`; the first whose pattern matches wins
+    average: keep a moving average of the weights as well
     """
 
+    kind: Kind = "adamw"
     lr: float = 3e-4
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
+    momentum: float = 0.95
     weight_decay: float = 0.1
     clip: float = 1.0
     parts: list[Part] = field(default_factory=list)
+    average: AverageOptions | None = None
 
     def __post_init__(self) -> None:
-        if self.clip <= 0:
-            raise RecipeError(f"optim.clip is {self.clip} and must be positive; .inf turns clipping off")
+        _require(self.lr >= 0, "lr", self.lr, "at least 0")
+        _require(all(0 <= beta < 1 for beta in self.betas), "betas", self.betas, "at least 0 and below 1, both")
+        _require(self.eps >= 0, "eps", self.eps, "at least 0")
+        _require(0 <= self.momentum < 1, "momentum", self.momentum, "at least 0 and below 1")
+        _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
+        _require(self.clip > 0, "clip", self.clip, "positive; .inf turns clipping off")
+
+
+def _require(holds: bool, name: str, value: Any, allowed: str) -> None:
+    if not holds:
+        raise RecipeError(f"optim.{name} is {value} and must be {allowed}")
 
 
 def freeze(model: nn.Module, options: OptimOptions) -> None:
@@ -82,13 +117,21 @@ def freeze(model: nn.Module, options: OptimOptions) -> None:
             parameter.requires_grad_(False)
 
 
-def build_optimizer(model: nn.Module, options: OptimOptions) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters, fused where the device has it. Call `freeze` and shard the model first.
+def build_optimizer(
+    model: nn.Module, options: OptimOptions, dtype: torch.dtype = torch.float32
+) -> torch.optim.AdamW | Muon:
+    """The optimizer of the trainable parameters, fused where the device has it. `freeze` and shard the model first.
 
-    Groups carry ``part`` (the pattern, or "" for the rest), ``peak_lr`` and `weight_decay`. Only matrices that multiply
-    activations decay. Vectors (norms, biases, gates, class tokens) do not; neither do embedding tables, with the head
-    if it is tied to one, because AdamW decays also the rows of tokens that do not occur and would slowly erase what a
-    pretrained model knows of rare ones; nor what a module names in timm's ``no_weight_decay()``.
+    Groups carry ``part`` (the pattern, or "" for the rest), ``kind``, ``peak_lr`` and `weight_decay`. Only matrices
+    that multiply activations decay. Vectors (norms, biases, gates, class tokens) do not; neither do embedding tables,
+    with the head if it is tied to one, because AdamW decays also the rows of tokens that do not occur and would slowly
+    erase what a pretrained model knows of rare ones; nor what a module names in timm's ``no_weight_decay()``.
+
+    Muon takes the matrices that decay in the blocks of encoders and decoder, except routers. Where it takes none, what
+    is built is torch's AdamW.
+
+    Args:
+        dtype: of compute.
 
     Raises:
         RecipeError: a part decides on no parameter, or nothing is left to train.
@@ -97,26 +140,46 @@ def build_optimizer(model: nn.Module, options: OptimOptions) -> torch.optim.Adam
     if not groups:
         raise RecipeError("optim.parts freezes every parameter of the model: there is nothing to train")
     fusable = all(parameter.device.type in ("cpu", "cuda") for group in groups for parameter in group["params"])
-    return torch.optim.AdamW(groups, betas=options.betas, eps=options.eps, fused=fusable or None)
+    if any(group["kind"] == "muon" for group in groups):
+        optimizer = Muon(groups, fusable, dtype)
+    else:
+        optimizer = torch.optim.AdamW(groups, fused=fusable or None)
+    if (average := options.average) is not None:
+        optimizer.register_step_post_hook(lambda optimizer, *_: update_averages(optimizer, average))
+    return optimizer
 
 
 def parameter_groups(model: nn.Module, options: OptimOptions) -> list[dict[str, Any]]:
-    """Groups for `torch.optim.Optimizer`, one per part and per whether it decays, in the model's order of parameters.
+    """Groups for `torch.optim.Optimizer`: parameters with the same options, in the model's order of parameters.
 
     The order of groups and of parameters depends on the model and the options only, so it is the same on every rank.
     """
-    undecayed = _undecayed(model)
-    groups: dict[tuple[str, bool], dict[str, Any]] = {}
+    undecayed, layers = _undecayed(model), _layers(model)
+    for_muon = _matrices_of_blocks(model) - undecayed
+    groups: dict[tuple, dict[str, Any]] = {}
     for name, parameter, part in _assign_parts(model, options):
         if not parameter.requires_grad:
             continue
-        if part is not None and part.freeze:
+        part = part or Part("")
+        if part.freeze:
             raise ValueError(f"{name} is to be frozen and still trains; call freeze(model, options) first")
-        decays = parameter not in undecayed
-        lr = options.lr if part is None or part.lr is None else part.lr
-        decay = options.weight_decay if part is None or part.weight_decay is None else part.weight_decay
-        group = {"part": part.match if part else "", "lr": lr, "peak_lr": lr, "weight_decay": decay if decays else 0.0}
-        groups.setdefault((group["part"], decays), {"params": [], **group})["params"].append(parameter)
+        lr = options.lr if part.lr is None else part.lr
+        decay = options.weight_decay if part.weight_decay is None else part.weight_decay
+        if part.layer_decay is not None:
+            if parameter not in layers:
+                raise RecipeError(
+                    f"optim.parts: {part.match!r} has a layer_decay, and {name} is in no encoder or decoder with blocks"
+                )
+            layer, top = layers[parameter]
+            lr *= part.layer_decay ** (top - layer)
+        group = {
+            "part": part.match,
+            "kind": (part.kind or options.kind) if parameter in for_muon else "adamw",
+            "peak_lr": lr,
+            "weight_decay": 0.0 if parameter in undecayed else decay,
+        }
+        common = {"lr": lr, "betas": options.betas, "eps": options.eps, "momentum": options.momentum}
+        groups.setdefault(tuple(group.values()), {"params": [], **group, **common})["params"].append(parameter)
     return list(groups.values())
 
 
@@ -131,15 +194,16 @@ def restore_options(optimizer: torch.optim.Optimizer, model: nn.Module, options:
 
     Loading the state of an optimizer restores learning rates, betas and decay beside the moments, so that a run resumed
     with a lower `optim.lr` would silently go on with the old one. (A recipe that also groups its parameters otherwise
-    can load only what was saved with ``flatten_optimizer_state_dict=True``.)
+    can load only what was saved with ``flatten_optimizer_state_dict=True``.) An average that begins now, begins at the
+    parameters that were loaded.
     """
     for group, fresh in zip(optimizer.param_groups, parameter_groups(model, options), strict=True):
         group.update({key: value for key, value in fresh.items() if key != "params"})
-        group.update(betas=options.betas, eps=options.eps)
+    begin_averages(optimizer)
 
 
-def materialise_state(optimizer: torch.optim.AdamW) -> None:
-    """Create the state of every parameter as AdamW's first step would, without taking one.
+def materialise_state(optimizer: torch.optim.Optimizer, options: OptimOptions) -> None:
+    """Create the state of every parameter as the first step would, without taking one.
 
     AdamW makes the state of a parameter when it first sees its gradient. A parameter without one so far (the adapter of
     a modality that has not occurred) would be missing in a checkpoint, and a strict load would refuse it. Of an
@@ -149,12 +213,10 @@ def materialise_state(optimizer: torch.optim.AdamW) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             state = optimizer.state[parameter]
-            if state:
-                continue
-            # The fused kernel counts steps on the device, in a plain tensor even where the moments are DTensors.
-            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if group["fused"] else "cpu")
-            for moment in ("exp_avg", "exp_avg_sq"):
-                state[moment] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            if not state:
+                state |= fresh_state(parameter, group)
+            if options.average is not None and AVERAGE not in state:
+                state |= fresh_average(parameter)
 
 
 @torch.no_grad()
@@ -219,3 +281,34 @@ def _undecayed(model: nn.Module) -> set[nn.Parameter]:
             names = set(declared())
             undecayed.update(parameter for name, parameter in module.named_parameters() if name in names)
     return undecayed
+
+
+def _matrices_of_blocks(model: nn.Module) -> set[nn.Parameter]:
+    """Two-dimensional parameters of the repeated blocks of encoders and decoder, without those of routers."""
+    return {
+        parameter
+        for tower in _towers(model)
+        for block in tower.blocks()
+        for name, parameter in block.named_parameters()
+        if parameter.ndim == 2 and "router" not in name.split(".")
+    }
+
+
+def _layers(model: nn.Module) -> dict[nn.Parameter, tuple[int, int]]:
+    """(i, L) of every parameter in a tower with blocks, see `Part`.
+
+    A tower declares its modules in the order in which they compute, and tokens and positions of its own before them.
+    """
+    layers = {}
+    for tower in _towers(model):
+        blocks = tower.blocks()
+        number = {parameter: i for i, block in enumerate(blocks, 1) for parameter in block.parameters()}
+        layer = 0
+        for parameter in tower.parameters() if blocks else ():
+            layer = number.get(parameter, layer)
+            layers[parameter] = (layer, len(blocks))
+    return layers
+
+
+def _towers(model: nn.Module) -> Iterator[Encoder | Decoder]:
+    return (module for module in model.modules() if isinstance(module, Encoder | Decoder))

@@ -1,8 +1,8 @@
-"""The learning rate over a run, as a factor of its peak: a pure function of the step.
+"""The learning rate over a run, as a factor of the optimizer's: a pure function of the step.
 
     cosine     half a cosine from the peak to the floor
     linear     a straight line from the peak to the floor
-    wsd        the peak until the last part of the run, then a straight line to the floor
+    wsd        the peak until the last part of the run, then down to the floor
     constant   the peak
 
 All start with a linear warm-up.
@@ -11,46 +11,68 @@ All start with a linear warm-up.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from mm.configure import RecipeError
 
 Kind = Literal["cosine", "linear", "wsd", "constant"]
+DecayShape = Literal["linear", "1-sqrt"]
+
+SHAPES: dict[str, Callable[[float], float]] = {
+    "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
+    "linear": lambda progress: 1 - progress,
+    "1-sqrt": lambda progress: 1 - math.sqrt(progress),
+}
+"""Ways down from 1 to 0 as progress goes from 0 to 1."""
 
 
 @dataclass
 class ScheduleOptions:
-    """`schedule:` of a recipe.
+    """`schedule:` of a recipe, see docs/optim.md. `floor`, `start` and `peak` are shares of the optimizer's rates.
 
     kind: what follows the warm-up; cosine as in Loshchilov and Hutter 2017, wsd (warm-up, stable, decay) as in Hu et
         al. 2024, section 4
     warmup: steps of linear warm-up; below 1 a share of the run
     decay: share of the run in which wsd comes down
-    floor: where the run ends, as a share of the peak
+    floor: where the run ends
+    decay_shape: how wsd comes down: on a line, or as 1 − √progress (Hägele et al. 2024)
+    start: where the warm-up begins, such as the floor of the run whose weights this one continues
+    peak: where the warm-up ends; below 1 to warm a trained model up again by less (Ibrahim et al. 2024)
     """
 
     kind: Kind = "cosine"
     warmup: float = 0.02
     decay: float = 0.2
     floor: float = 0.1
+    decay_shape: DecayShape = "linear"
+    start: float = 0.0
+    peak: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.kind not in ("cosine", "linear", "wsd", "constant"):
-            raise RecipeError(f"schedule.kind is {self.kind!r}; allowed: cosine, linear, wsd, constant")
+        for name, allowed in (("kind", get_args(Kind)), ("decay_shape", get_args(DecayShape))):
+            if getattr(self, name) not in allowed:
+                raise RecipeError(f"schedule.{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
         if self.warmup < 0 or (self.warmup >= 1 and self.warmup != int(self.warmup)):
             raise RecipeError(f"schedule.warmup is {self.warmup}: give a share below 1 or a whole number of steps")
-        for name in ("decay", "floor"):
+        for name in ("decay", "floor", "start", "peak"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise RecipeError(f"schedule.{name} is {value} and must be a share between 0 and 1")
+        for name in ("start",) if self.kind == "constant" else ("start", "floor"):
+            if getattr(self, name) > self.peak:
+                raise RecipeError(
+                    f"schedule.{name} is {getattr(self, name)} and must be at most schedule.peak, which is {self.peak}"
+                )
 
 
 def learning_rate_factor(options: ScheduleOptions, step: int, total: int) -> float:
-    """Share of the peak learning rate in a step.
+    """Share of the optimizer's learning rates in a step.
 
-    The warm-up of W steps gives 1/W, 2/W, …, 1, so that no step is wasted on a rate of zero. The last step, total − 1,
-    is at the floor (except for ``constant``, or if it is the peak itself), and so is whatever comes after.
+    The warm-up of W steps goes 1/W, 2/W, …, 1 of the way from the start to the peak, so that no step is wasted on a
+    rate of zero. The last step, total − 1, is at the floor (except for ``constant``, or if it is the peak itself), and
+    so is whatever comes after.
 
     Args:
         step: from 0.
@@ -65,13 +87,13 @@ def learning_rate_factor(options: ScheduleOptions, step: int, total: int) -> flo
     warmup = round(options.warmup * total) if options.warmup < 1 else int(options.warmup)
     falling = _falling_steps(options, total, warmup)
     if step < warmup:
-        return (step + 1) / warmup
+        return options.start + (options.peak - options.start) * (step + 1) / warmup
     if options.kind == "constant":
-        return 1.0
+        return options.peak
     last = total - 1
     progress = min(max((step - (last - falling)) / max(falling, 1), 0.0), 1.0)
-    share = 0.5 * (1 + math.cos(math.pi * progress)) if options.kind == "cosine" else 1 - progress
-    return options.floor + (1 - options.floor) * share
+    share = SHAPES[options.decay_shape if options.kind == "wsd" else options.kind](progress)
+    return options.floor + (options.peak - options.floor) * share
 
 
 def _falling_steps(options: ScheduleOptions, total: int, warmup: int) -> int:
