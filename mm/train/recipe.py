@@ -48,7 +48,8 @@ class DataOptions:
         `steps`, and weights where there are several sources. See docs/remote.md
     index: folder for indexes and columns; safe to delete, safe to share between runs. All machines of a lazy run need
         to see it
-    cache: keep copies of remote shards on disk, see docs/remote.md; without it they are read in place
+    cache: keep copies of remote shards, and the rows of parquet files, on disk, see docs/remote.md; without it they are
+        read in place
     workers: loader processes per training process
     max_broken: share of samples that may turn out broken before the run stops
     """
