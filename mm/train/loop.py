@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -29,6 +30,7 @@ from mm.train import checkpoint
 from mm.train.average import averaged
 from mm.train.checkpoint import Position
 from mm.train.dataset import PlannedData, check_division
+from mm.train.faults import Watchdog, samples_of
 from mm.train.meter import JsonLines, Meter, Progress, TensorBoard, Writer, device_peak, training_factors
 from mm.train.optim import build_optimizer, freeze, materialise_state, restore_options, set_learning_rate
 from mm.train.parallel import Engine, World, join_world, local_world, parallelise, resolve_precision
@@ -103,7 +105,7 @@ def run(whole: Recipe, stage: Stage, world: World) -> Path:
     seen = Seen(folder / "seen", world, position.step + 1)
     skipped = 0
 
-    with writers(whole, world, position, total) as outputs:
+    with writers(whole, world, position, total) as outputs, Watchdog(folder, world.rank, recipe.watchdog) as watchdog:
         last = resumed
         for step in range(position.step, total):
             with meter.waiting():
@@ -125,14 +127,16 @@ def run(whole: Recipe, stage: Stage, world: World) -> Path:
             seen.add(step + 1, micro_batches)
             skipped = 0 if finite else skipped + 1
             if skipped:
-                ledger.note(f"step {step + 1}: the gradient is not finite, the update was skipped")
+                names = [name for batch in micro_batches for name in samples_of(batch, data)]
+                ledger.note(f"step {step + 1}: the gradient is not finite, the update was skipped", samples=names)
             if skipped >= NON_FINITE_IN_A_ROW:
                 raise RunError(
                     f"the gradient was not finite in {skipped} steps in a row, up to step {step + 1}; lower optim.lr, "
-                    "raise schedule.warmup, or look at the samples: mm inspect RUN --step N"
+                    f"raise schedule.warmup, or look at the samples: {folder / 'ledger.jsonl'}, mm inspect RUN --step N"
                 )
 
             done = step + 1
+            watchdog.feed()
             outputs.advance()
             saves, validates = due(recipe.save_every, done, total), due(recipe.validate_every, done, total)
             figures = {}
@@ -327,6 +331,6 @@ class Ledger:
                 f"({self._max_broken:.1%}); all are listed in {self._path}, the last ones:\n  {last}"
             )
 
-    def note(self, event: str) -> None:
+    def note(self, event: str, **more: Any) -> None:
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"event": event}) + "\n")
+            file.write(json.dumps({"event": event} | more) + "\n")

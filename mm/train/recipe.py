@@ -81,6 +81,7 @@ class Recipe:
     warm_start: where linear adapters start, see `mm.train.warm_start`
     precision: `auto` computes in bf16 where the device does so natively
     validate_every, save_every: steps; 0 means only at the end
+    watchdog: minutes without the end of a step after which every process tells where it stands; 0 for never
     """
 
     name: str
@@ -103,6 +104,7 @@ class Recipe:
     validate_every: int = 0
     save_every: int = 0
     keep: int = 2
+    watchdog: float = 30.0
     stages: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
