@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import spawn
 
 from mm.configure import RecipeError
+from mm.layers.norm import rms_norm
+from mm.layers.rope import Rotation, rotate
 from mm.model.multimodal import MultimodalLM, build_model
 from mm.packing.materialise import MicroStep
 from mm.train import checkpoint
@@ -164,18 +167,41 @@ def test_what_was_saved_with_checkpointing_is_loaded_without(together: dict[str,
 # ------------------------------------------------------------------------------------------------------- compilation
 
 
+@pytest.mark.parametrize(
+    "compute", [lambda x: rms_norm(x, x[0], 1e-5), lambda x: rotate(x, Rotation(x[:, :1], -x[:, :1]))]
+)
+def test_compiled_code_has_the_gradients_of_eager_code(compute: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """torch 2.11 gives others, silently, for an autograd function of our own that works in place."""
+    inputs = torch.randn(6, 2, 8, generator=torch.Generator().manual_seed(1))
+    gradients = []
+    for run in (compute, torch.compile(compute, backend="eager")):
+        leaf = inputs.clone().requires_grad_()
+        run(leaf.sin()).square().sum().backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients)
+
+
 def test_compiled_blocks_give_the_losses_of_eager_ones_and_stop_compiling(recipe: Path, tmp_path: Path) -> None:
-    long = ("steps=16", "packing.batch=2")
-    eager = losses(train_here(recipe, f"run={tmp_path / 'eager'}", *long))
+    """19 graphs: three kinds of encoder blocks, each for one item and for any number; four parts of a decoder block for
+    one number of documents, two of them again for any; and all of them again without gradients, to validate."""
+    eager = losses(train_here(recipe, f"run={tmp_path / 'eager'}", "steps=16", "packing.batch=2"))
     torch._dynamo.reset()
     counters.clear()
     graphs = []
-    for name, options in {"compiled": (), "checkpointed": ("parallel.activations=full",)}.items():
-        run = train_here(recipe, f"run={tmp_path / name}", *long, "parallel.compile=true", *options)
-        assert losses(run) == pytest.approx(eager, rel=1e-4)
+    for name, options in {"compiled": ("steps=8",), "checkpointed": ("steps=16", "parallel.activations=full")}.items():
+        compiled = ("parallel.compile=true", "packing.batch=2", *options)
+        found = losses(train_here(recipe, f"run={tmp_path / name}", *compiled))
+        assert found == pytest.approx({step: eager[step] for step in found}, rel=1e-4)
         graphs.append(counters["stats"]["unique_graphs"])
     assert 0 < graphs[0] <= 20
     assert graphs[1] == graphs[0]
+
+
+@pytest.mark.slow
+def test_compiled_blocks_are_sharded_as_eager_ones_are(plain: Path, recipe: Path, tmp_path: Path) -> None:
+    run = [str(recipe), f"run={tmp_path / 'run'}", STEPS, "parallel.compile=true", "parallel.activations=selective"]
+    train_together(tmp_path, 2, [run])
+    assert losses(tmp_path / "run") == pytest.approx(losses(plain), rel=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------- refusals
