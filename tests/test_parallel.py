@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch._dynamo import config as dynamo_config
 from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import spawn
@@ -167,34 +168,36 @@ def test_what_was_saved_with_checkpointing_is_loaded_without(together: dict[str,
 # ------------------------------------------------------------------------------------------------------- compilation
 
 
-@pytest.mark.parametrize(
-    "compute", [lambda x: rms_norm(x, x[0], 1e-5), lambda x: rotate(x, Rotation(x[:, :1], -x[:, :1]))]
-)
-def test_compiled_code_has_the_gradients_of_eager_code(compute: Callable[[torch.Tensor], torch.Tensor]) -> None:
+COMPUTED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "norm": lambda x: rms_norm(x, x[0, 0], 1e-5),
+    "rotation": lambda x: rotate(x, Rotation(x.detach()[:, :1].cos(), x.detach()[:, :1].sin())),
+}
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_compiled_code_has_the_gradients_of_eager_code(name: str) -> None:
     """torch 2.11 gives others, silently, for an autograd function of our own that works in place."""
     inputs = torch.randn(6, 2, 8, generator=torch.Generator().manual_seed(1))
     gradients = []
-    for run in (compute, torch.compile(compute, backend="eager")):
+    for run in (COMPUTED[name], torch.compile(COMPUTED[name], backend="eager")):
         leaf = inputs.clone().requires_grad_()
         run(leaf.sin()).square().sum().backward()
         gradients.append(leaf.grad)
     torch.testing.assert_close(*gradients)
 
 
-def test_compiled_blocks_give_the_losses_of_eager_ones_and_stop_compiling(recipe: Path, tmp_path: Path) -> None:
-    """19 graphs: three kinds of encoder blocks, each for one item and for any number; four parts of a decoder block for
-    one number of documents, two of them again for any; and all of them again without gradients, to validate."""
-    eager = losses(train_here(recipe, f"run={tmp_path / 'eager'}", "steps=16", "packing.batch=2"))
+def test_compiled_blocks_give_the_losses_of_eager_ones_in_few_compilations(recipe: Path, tmp_path: Path) -> None:
+    """32 batches. Three kinds of encoder blocks compile for one item and for any number, four parts of a decoder block
+    for one number of documents, two of them again for any; and most of them again without gradients, to validate."""
+    long = ("steps=16", "packing.batch=2")
+    eager = losses(train_here(recipe, f"run={tmp_path / 'eager'}", *long))
     torch._dynamo.reset()
     counters.clear()
-    graphs = []
-    for name, options in {"compiled": ("steps=8",), "checkpointed": ("steps=16", "parallel.activations=full")}.items():
-        compiled = ("parallel.compile=true", "packing.batch=2", *options)
-        found = losses(train_here(recipe, f"run={tmp_path / name}", *compiled))
-        assert found == pytest.approx({step: eager[step] for step in found}, rel=1e-4)
-        graphs.append(counters["stats"]["unique_graphs"])
-    assert 0 < graphs[0] <= 20
-    assert graphs[1] == graphs[0]
+    options = ("parallel.compile=true", "parallel.activations=full")
+    with dynamo_config.patch(fail_on_recompile_limit_hit=True):  # or the rest would be eager, with a warning
+        compiled = losses(train_here(recipe, f"run={tmp_path / 'compiled'}", *long, *options))
+    assert compiled == pytest.approx(eager, rel=1e-4)
+    assert 0 < counters["stats"]["unique_graphs"] <= 21
 
 
 @pytest.mark.slow
