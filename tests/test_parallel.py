@@ -15,7 +15,7 @@ from torch.multiprocessing.spawn import spawn
 
 from mm.configure import RecipeError
 from mm.layers.norm import rms_norm
-from mm.layers.rope import Rotation, rotate
+from mm.layers.rope import Rope, rotate, rotation
 from mm.model.multimodal import MultimodalLM, build_model
 from mm.packing.materialise import MicroStep
 from mm.train import checkpoint
@@ -170,7 +170,7 @@ def test_what_was_saved_with_checkpointing_is_loaded_without(together: dict[str,
 
 COMPUTED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "norm": lambda x: rms_norm(x, x[0, 0], 1e-5),
-    "rotation": lambda x: rotate(x, Rotation(x.detach()[:, :1].cos(), x.detach()[:, :1].sin())),
+    "rotation": lambda x: rotate(x, rotation(Rope(), torch.arange(len(x)), x.shape[-1], x.dtype)),
 }
 
 
