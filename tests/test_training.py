@@ -22,7 +22,7 @@ from mm.train import checkpoint
 from mm.train.checkpoint import Position
 from mm.train.dataset import PlannedData, open_data
 from mm.train.loop import RunError, load_batches
-from mm.train.parallel import World, join_world, parallelise, resolve_precision
+from mm.train.parallel import ParallelOptions, World, join_world, parallelise, resolve_precision
 from mm.train.reading import Reader
 from mm.train.recipe import Recipe
 from mm.train.sources import Blueprint
@@ -171,7 +171,7 @@ def test_sharding_copies_no_layout_and_rounds_no_loss_weight(data: PlannedData) 
     batch = data.materialiser()[MicroStep(0, (0,))]
     batch = replace(batch, weights=batch.weights * 1.001)
     with join_world() as world:
-        parallelise(model, world, torch.bfloat16)
+        parallelise(model, world, torch.bfloat16, ParallelOptions())
         layouts, weights = [], []
         for block in model.decoder.blocks():
             block.register_forward_pre_hook(lambda _, inputs: layouts.append(inputs[1].layout))

@@ -33,7 +33,15 @@ from mm.train.dataset import PlannedData, check_division
 from mm.train.faults import Watchdog, samples_of
 from mm.train.meter import JsonLines, Meter, Progress, TensorBoard, Writer, device_peak, training_factors
 from mm.train.optim import build_optimizer, freeze, materialise_state, restore_options, set_learning_rate
-from mm.train.parallel import Engine, World, join_world, local_world, parallelise, resolve_precision
+from mm.train.parallel import (
+    Engine,
+    World,
+    check_parallel,
+    join_world,
+    local_world,
+    parallelise,
+    resolve_precision,
+)
 from mm.train.parts import trained_parts
 from mm.train.recipe import Recipe
 from mm.train.schedule import learning_rate_factor
@@ -49,6 +57,7 @@ def train(recipe: Recipe) -> Path:
     """Run the recipe to its end and return its last checkpoint. A run folder that holds a checkpoint is resumed."""
     for chosen in recipe.stage_recipes():
         check_division(chosen.packing, local_world()[1], chosen.micro_batch)
+        check_parallel(chosen.parallel, local_world()[1])
     torch.manual_seed(recipe.seed)
     with locked(recipe.folder):
         resumed = checkpoint.latest(recipe.folder / "checkpoints")
@@ -74,16 +83,16 @@ def run(whole: Recipe, stage: Stage, world: World) -> Path:
     dtype = resolve_precision(recipe.precision, world.device)
     resumed = checkpoint.latest(folder / "checkpoints")
 
-    model = build_model(recipe.model)
-    if recipe.init_from and not resumed:
-        checkpoint.load_weights(checkpoint.find(recipe.init_from), model)
-    model.to(world.device).train()
-    if recipe.warm_start and not resumed:
-        batches = first_packs(data, recipe.warm_start.packs, world)
-        warm_start(model, batches, data.blueprint.processor.text.end, recipe.warm_start.penalty)
+    model = build_model(recipe.model, meta=not world.is_first).train()  # `parallelise` gives the others their weights
+    if world.is_first and not resumed:
+        if recipe.init_from:
+            checkpoint.load_weights(checkpoint.find(recipe.init_from), model)
+        if recipe.warm_start:
+            batches = first_packs(data, recipe.warm_start.packs, world.device)
+            warm_start(model.to(world.device), batches, data.blueprint.processor.text.end, recipe.warm_start.penalty)
     freeze(model, recipe.optim)
     factors = training_factors(trained_parts(model))
-    parallelise(model, world, dtype)
+    parallelise(model, world, dtype, recipe.parallel)
     optimizer = build_optimizer(model, recipe.optim, dtype)
     materialise_state(optimizer, recipe.optim)
     engine = Engine(model, optimizer, world, recipe.optim.clip)
@@ -190,12 +199,11 @@ def validate(model: MultimodalLM, objective: NextToken, held_out: PlannedData, w
     }
 
 
-def first_packs(data: PlannedData, packs: int, world: World) -> Iterator[Batch]:
-    """The first packs of the plan, all of them on every process."""
+def first_packs(data: PlannedData, packs: int, device: torch.device) -> Iterator[Batch]:
+    """The first packs of the plan."""
     dataset = data.materialiser()
-    numbers = range(min(packs, data.plan.planned))
-    for number in track(numbers, description="warm start", transient=True, disable=not world.is_first):
-        yield dataset[MicroStep(0, (number,))].to(world.device)
+    for number in track(range(min(packs, data.plan.planned)), description="warm start", transient=True):
+        yield dataset[MicroStep(0, (number,))].to(device)
 
 
 def load_batches(recipe: Recipe, world: World, data: PlannedData, position: Position, total: int) -> Iterator[Batch]:
@@ -203,8 +211,9 @@ def load_batches(recipe: Recipe, world: World, data: PlannedData, position: Posi
     steps = data.micro_steps(
         world, recipe.micro_batch, seed=recipe.seed, steps=range(position.step, total), first_pack=position.packs
     )
+    static = world.device.type == "cuda" or recipe.parallel.compile
     loader = DataLoader(
-        data.materialiser(recipe.packing.capacity if world.device.type == "cuda" else None, ahead=True),
+        data.materialiser(recipe.packing.capacity if static else None, ahead=True),
         sampler=steps,
         batch_size=None,
         num_workers=recipe.data.workers,

@@ -15,7 +15,7 @@ from mm.packing.options import PackingOptions
 from mm.packing.source import Unit
 from mm.tokenizers.text import TokenizerOptions
 from mm.train.optim import OptimOptions
-from mm.train.parallel import Precision
+from mm.train.parallel import ParallelOptions, Precision
 from mm.train.schedule import ScheduleOptions
 from mm.train.warm_start import WarmStartOptions
 
@@ -97,6 +97,7 @@ class Recipe:
     init_from: str | None = None
     warm_start: WarmStartOptions | None = None
     precision: Precision = "auto"
+    parallel: ParallelOptions = field(default_factory=ParallelOptions)
     objective: dict[str, Any] = field(default_factory=lambda: {"_target_": "mm.objectives.next_token.NextToken"})
     optim: OptimOptions = field(default_factory=OptimOptions)
     schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
