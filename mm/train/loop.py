@@ -6,10 +6,11 @@ recipe ─▶ index, lengths, plan ─▶ (processes meet) ─▶ model ─▶ f
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
@@ -29,11 +30,13 @@ from mm.train import checkpoint
 from mm.train.average import averaged
 from mm.train.checkpoint import Position
 from mm.train.dataset import PlannedData, check_division
+from mm.train.interrupts import Interrupts, Stopped, leave_to_the_run, seconds_of
 from mm.train.meter import JsonLines, Meter, Progress, TensorBoard, Writer, device_peak, training_factors
 from mm.train.optim import build_optimizer, freeze, materialise_state, restore_options, set_learning_rate
 from mm.train.parallel import Engine, World, join_world, local_world, parallelise, resolve_precision
 from mm.train.parts import trained_parts
 from mm.train.recipe import Recipe
+from mm.train.saving import Saver, saving
 from mm.train.schedule import learning_rate_factor
 from mm.train.stages import RunError, Stage, open_stages
 from mm.train.versions import versions
@@ -41,10 +44,16 @@ from mm.train.warm_start import warm_start
 
 FORGIVEN = 8  # broken samples that no run stops for, however short it is
 NON_FINITE_IN_A_ROW = 5
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 def train(recipe: Recipe) -> Path:
-    """Run the recipe to its end and return its last checkpoint. A run folder that holds a checkpoint is resumed."""
+    """Run the recipe to its end and return its last checkpoint. A run folder that holds a checkpoint is resumed.
+
+    Raises:
+        Stopped: SIGTERM or the recipe's `time_limit` asked for it; the run has saved, and another call goes on.
+    """
+    interrupts = Interrupts(seconds_of(recipe.time_limit) if recipe.time_limit else None)
     for chosen in recipe.stage_recipes():
         check_division(chosen.packing, local_world()[1], chosen.micro_batch)
     torch.manual_seed(recipe.seed)
@@ -56,21 +65,27 @@ def train(recipe: Recipe) -> Path:
             checkpoint.check_architecture(resumed, build_model(here.model, meta=True))
         stages = open_stages(recipe, recipe.folder, position)
         first = next(stages)
-        with join_world() as world:
+        with join_world() as world, saving(recipe, world) as saver:
             for stage in chain([first], stages):
                 if not stage.is_over or stage.number + 1 == len(recipe.stage_recipes()):
-                    resumed = run(recipe, stage, world)
+                    run(recipe, stage, world, saver, interrupts)
                     gc.collect()  # the sharded model of this stage, before the next is built
-    assert resumed is not None
-    return resumed
+                if interrupts.stopped:
+                    break
+    assert saver.last is not None
+    if interrupts.stopped:
+        if world.is_first:
+            print(f"stopped, as it was asked to; repeat the command to go on from {saver.last}")
+        raise Stopped
+    return saver.last
 
 
-def run(whole: Recipe, stage: Stage, world: World) -> Path:
-    """The steps of a stage on this process; returns its last checkpoint."""
+def run(whole: Recipe, stage: Stage, world: World, saver: Saver, interrupts: Interrupts) -> None:
+    """The steps of a stage on this process, until the last of its checkpoints is complete."""
     recipe, data, held_out = stage.recipe, stage.data, stage.held_out
     folder, objective = recipe.folder, configure.build(recipe.objective, NextToken)
     dtype = resolve_precision(recipe.precision, world.device)
-    resumed = checkpoint.latest(folder / "checkpoints")
+    resumed = saver.last
 
     model = build_model(recipe.model)
     if recipe.init_from and not resumed:
@@ -85,6 +100,7 @@ def run(whole: Recipe, stage: Stage, world: World) -> Path:
     optimizer = build_optimizer(model, recipe.optim, dtype)
     materialise_state(optimizer, recipe.optim)
     engine = Engine(model, optimizer, world, recipe.optim.clip)
+    saver.prepare(model, optimizer)
 
     position, total = stage.position, stage.end
     if resumed:
@@ -103,14 +119,16 @@ def run(whole: Recipe, stage: Stage, world: World) -> Path:
     seen = Seen(folder / "seen", world, position.step + 1)
     skipped = 0
 
-    with writers(whole, world, position, total) as outputs:
-        last = resumed
+    with writers(whole, world, position, total) as outputs, interrupts.heard():
         for step in range(position.step, total):
             with meter.waiting():
                 micro_batches = [batch.to(world.device) for batch in islice(batches, micro_steps)]
-            names = list(objective.weights(micro_batches))
-            sums = world.sum([objective.weights(micro_batches)[name] for name in names])
-            denominators = dict(zip(names, sums, strict=True))
+            weights = objective.weights(micro_batches)
+            votes = (saver.failed, *interrupts.votes(saver.reserve))
+            *sums, failed, stop, save = world.sum([*weights.values(), *map(float, votes)])
+            denominators = dict(zip(weights, sums, strict=True))
+            if failed:
+                saver.wait()
             factor = learning_rate_factor(recipe.schedule, step - stage.begin, total - stage.begin)
             set_learning_rate(optimizer, factor)
 
@@ -134,7 +152,8 @@ def run(whole: Recipe, stage: Stage, world: World) -> Path:
 
             done = step + 1
             outputs.advance()
-            saves, validates = due(recipe.save_every, done, total), due(recipe.validate_every, done, total)
+            validates = due(recipe.validate_every, done, total)
+            saves = stop or save or due(recipe.save_every, done, total)
             figures = {}
             if saves or validates or due(recipe.log_every, done, total):
                 figures = meter.report()
@@ -151,12 +170,12 @@ def run(whole: Recipe, stage: Stage, world: World) -> Path:
                 with meter.paused():
                     packs = stage.packs_at(done)
                     here = replace(position, step=done, packs=packs, tokens=meter.tokens)
-                    last = checkpoint.save(folder / "checkpoints", model, optimizer, here, world)
-                    if world.is_first:
-                        checkpoint.keep_last(folder / "checkpoints", recipe.keep)
-    if last is None:
-        raise RunError(f"nothing to do: {folder} asks for {total} steps")
-    return last
+                    saver.save(model, optimizer, here)
+            if stop:
+                interrupts.stopped = True
+                break
+        if saver.wait() is None:
+            raise RunError(f"nothing to do: {folder} asks for {total} steps")
 
 
 def due(every: int, step: int, total: int) -> bool:
@@ -205,6 +224,7 @@ def load_batches(recipe: Recipe, world: World, data: PlannedData, position: Posi
         batch_size=None,
         num_workers=recipe.data.workers,
         prefetch_factor=4 if recipe.data.workers else None,
+        worker_init_fn=leave_to_the_run,
     )
     return iter(loader)
 
@@ -228,19 +248,22 @@ def loss_names(data: PlannedData) -> list[str]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the run folder; only the first process of a run takes the lock."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if local_world()[0] != 0:
-        yield
-        return
-    lock = FileLock(folder / "lock")
+    """Hold the run folder, and tell if it cannot be written; only the first process of a run takes the lock."""
     try:
-        with lock.acquire(timeout=0):
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / "lock").acquire(timeout=0) if local_world()[0] == 0 else nullcontext():
             yield
     except Timeout:
         raise RunError(
             f"another process is training in {folder}; wait for it or set `run:` to another folder"
         ) from None
+    except OSError as error:
+        if error.errno not in UNWRITABLE or not str(error.filename or folder).startswith(str(folder)):
+            raise
+        raise RunError(
+            f"could not write to {error.filename or folder}: {error.strerror}. Checkpoints are intact; free some "
+            "space, make the folder writable or set `run:` to another, and repeat the command to go on from the last"
+        ) from error
 
 
 class Outputs:

@@ -27,6 +27,10 @@ from mm.model.multimodal import MultimodalLM
 Precision = Literal["auto", "fp32", "bf16"]
 
 
+class MissingProcess(RuntimeError):
+    """Not all processes of a run have come; the message says how many were expected, and of what to make sure."""
+
+
 @dataclass(frozen=True)
 class World:
     """This process among all. `size` processes, one per device."""
@@ -69,7 +73,11 @@ def leave_world() -> None:
 
 @contextmanager
 def join_world(timeout: timedelta = timedelta(minutes=30)) -> Iterator[World]:
-    """The process group of a run: NCCL on GPUs, gloo on CPUs; one process needs no launcher."""
+    """The process group of a run: NCCL on GPUs, gloo on CPUs; one process needs no launcher.
+
+    Raises:
+        MissingProcess: others have not come in time.
+    """
     rank, size = local_world()
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -78,7 +86,14 @@ def join_world(timeout: timedelta = timedelta(minutes=30)) -> Iterator[World]:
     else:
         device, backend = torch.device("cpu"), "gloo"
     store = HashStore() if size == 1 else None
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    try:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    except dist.DistError as error:
+        raise MissingProcess(
+            f"rank {rank} has waited {timeout.total_seconds():.0f} s in vain for all {size} processes (WORLD_SIZE) at "
+            f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}. Start as many, with one launcher on "
+            f"every machine, and see that they reach that address ({str(error).splitlines()[0]})"
+        ) from error
     try:
         yield World(rank, size, device)
         if size > 1:
