@@ -238,7 +238,7 @@ def verify_checkpoint(path: Checkpoint) -> None:
     for finding in verified.findings:
         console.print(finding, markup=False, highlight=False, soft_wrap=True)
     verdict = f"[red]{len(verified.findings)} wrong[/red]" if verified.findings else "[green]sound[/green]"
-    console.print(f"{verdict}: {verified.tensors:,} tensors, {verified.size / 1e6:,.1f} MB in {path}", soft_wrap=True)
+    console.print(f"{verdict}: {verified.entries:,} entries, {verified.size / 1e6:,.1f} MB in {path}", soft_wrap=True)
     raise typer.Exit(1 if verified.findings else 0)
 
 

@@ -74,7 +74,7 @@ def test_a_sound_checkpoint_is_found_sound(saved: Path) -> None:
     code, output = invoke("verify", saved)
     assert code == 0
     count = len(Reader(saved).read_metadata().state_dict_metadata)
-    assert f"sound: {count} tensors" in " ".join(output.split())
+    assert f"sound: {count:,} entries" in " ".join(output.split())
 
 
 def test_a_missing_file_of_a_rank_is_named(recipe: Path, tmp_path: Path) -> None:

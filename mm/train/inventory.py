@@ -50,11 +50,12 @@ def table_of(run: Path) -> Table:
 class Verified:
     """What reading a checkpoint found: a sentence for everything that is wrong, and how much was looked at.
 
+    entries: tensors, and options of the optimizer
     size: bytes of all files
     """
 
     findings: tuple[str, ...]
-    tensors: int
+    entries: int
     size: int
 
 
