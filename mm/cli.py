@@ -134,11 +134,14 @@ def demo(
 @app.command()
 def train(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Train a recipe. Repeating the command resumes the run; under torchrun it uses all processes."""
+    from torch.distributed.elastic.multiprocessing.errors import record
+
     from mm.train.loop import train as train_recipe
     from mm.train.parallel import local_world
     from mm.train.recipe import Recipe
 
-    checkpoint = train_recipe(Recipe.load(recipe, overrides or []))
+    # Under torchrun, whoever fails first is named, with its traceback, among those that fail because of it.
+    checkpoint = record(train_recipe)(Recipe.load(recipe, overrides or []))
     if local_world()[0] == 0:
         console.print(f"[bold]done[/bold], the last checkpoint is {checkpoint}", soft_wrap=True)
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -30,10 +31,19 @@ from mm.train import checkpoint
 from mm.train.average import averaged
 from mm.train.checkpoint import Position
 from mm.train.dataset import PlannedData, check_division
+from mm.train.faults import Watchdog, samples_of
 from mm.train.interrupts import Interrupts, Stopped, leave_to_the_run, seconds_of
 from mm.train.meter import JsonLines, Meter, Progress, TensorBoard, Writer, device_peak, training_factors
 from mm.train.optim import build_optimizer, freeze, materialise_state, restore_options, set_learning_rate
-from mm.train.parallel import Engine, World, join_world, local_world, parallelise, resolve_precision
+from mm.train.parallel import (
+    Engine,
+    World,
+    check_parallel,
+    join_world,
+    local_world,
+    parallelise,
+    resolve_precision,
+)
 from mm.train.parts import trained_parts
 from mm.train.recipe import Recipe
 from mm.train.saving import Saver, saving
@@ -56,6 +66,7 @@ def train(recipe: Recipe) -> Path:
     interrupts = Interrupts(seconds_of(recipe.time_limit) if recipe.time_limit else None)
     for chosen in recipe.stage_recipes():
         check_division(chosen.packing, local_world()[1], chosen.micro_batch)
+        check_parallel(chosen.parallel, local_world()[1])
     torch.manual_seed(recipe.seed)
     with locked(recipe.folder):
         resumed = checkpoint.latest(recipe.folder / "checkpoints")
@@ -87,16 +98,16 @@ def run(whole: Recipe, stage: Stage, world: World, saver: Saver, interrupts: Int
     dtype = resolve_precision(recipe.precision, world.device)
     resumed = saver.last
 
-    model = build_model(recipe.model)
-    if recipe.init_from and not resumed:
-        checkpoint.load_weights(checkpoint.find(recipe.init_from), model)
-    model.to(world.device).train()
-    if recipe.warm_start and not resumed:
-        batches = first_packs(data, recipe.warm_start.packs, world)
-        warm_start(model, batches, data.blueprint.processor.text.end, recipe.warm_start.penalty)
+    model = build_model(recipe.model, meta=not world.is_first).train()  # `parallelise` gives the others their weights
+    if world.is_first and not resumed:
+        if recipe.init_from:
+            checkpoint.load_weights(checkpoint.find(recipe.init_from), model)
+        if recipe.warm_start:
+            batches = first_packs(data, recipe.warm_start.packs, world.device)
+            warm_start(model.to(world.device), batches, data.blueprint.processor.text.end, recipe.warm_start.penalty)
     freeze(model, recipe.optim)
     factors = training_factors(trained_parts(model))
-    parallelise(model, world, dtype)
+    parallelise(model, world, dtype, recipe.parallel)
     optimizer = build_optimizer(model, recipe.optim, dtype)
     materialise_state(optimizer, recipe.optim)
     engine = Engine(model, optimizer, world, recipe.optim.clip)
@@ -119,7 +130,11 @@ def run(whole: Recipe, stage: Stage, world: World, saver: Saver, interrupts: Int
     seen = Seen(folder / "seen", world, position.step + 1)
     skipped = 0
 
-    with writers(whole, world, position, total) as outputs, interrupts.heard():
+    with (
+        writers(whole, world, position, total) as outputs,
+        interrupts.heard(),
+        Watchdog(folder, world.rank, recipe.watchdog) as watchdog,
+    ):
         for step in range(position.step, total):
             with meter.waiting():
                 micro_batches = [batch.to(world.device) for batch in islice(batches, micro_steps)]
@@ -143,14 +158,16 @@ def run(whole: Recipe, stage: Stage, world: World, saver: Saver, interrupts: Int
             seen.add(step + 1, micro_batches)
             skipped = 0 if finite else skipped + 1
             if skipped:
-                ledger.note(f"step {step + 1}: the gradient is not finite, the update was skipped")
+                names = [name for batch in micro_batches for name in samples_of(batch, data)]
+                ledger.note(f"step {step + 1}: the gradient is not finite, the update was skipped", samples=names)
             if skipped >= NON_FINITE_IN_A_ROW:
                 raise RunError(
                     f"the gradient was not finite in {skipped} steps in a row, up to step {step + 1}; lower optim.lr, "
-                    "raise schedule.warmup, or look at the samples: mm inspect RUN --step N"
+                    f"raise schedule.warmup, or look at the samples: {folder / 'ledger.jsonl'}, mm inspect RUN --step N"
                 )
 
             done = step + 1
+            watchdog.feed()
             outputs.advance()
             validates = due(recipe.validate_every, done, total)
             saves = stop or save or due(recipe.save_every, done, total)
@@ -205,12 +222,11 @@ def validate(model: MultimodalLM, objective: NextToken, held_out: PlannedData, w
     }
 
 
-def first_packs(data: PlannedData, packs: int, world: World) -> Iterator[Batch]:
-    """The first packs of the plan, all of them on every process."""
+def first_packs(data: PlannedData, packs: int, device: torch.device) -> Iterator[Batch]:
+    """The first packs of the plan."""
     dataset = data.materialiser()
-    numbers = range(min(packs, data.plan.planned))
-    for number in track(numbers, description="warm start", transient=True, disable=not world.is_first):
-        yield dataset[MicroStep(0, (number,))].to(world.device)
+    for number in track(range(min(packs, data.plan.planned)), description="warm start", transient=True):
+        yield dataset[MicroStep(0, (number,))].to(device)
 
 
 def load_batches(recipe: Recipe, world: World, data: PlannedData, position: Position, total: int) -> Iterator[Batch]:
@@ -218,8 +234,9 @@ def load_batches(recipe: Recipe, world: World, data: PlannedData, position: Posi
     steps = data.micro_steps(
         world, recipe.micro_batch, seed=recipe.seed, steps=range(position.step, total), first_pack=position.packs
     )
+    static = world.device.type == "cuda" or recipe.parallel.compile
     loader = DataLoader(
-        data.materialiser(recipe.packing.capacity if world.device.type == "cuda" else None, ahead=True),
+        data.materialiser(recipe.packing.capacity if static else None, ahead=True),
         sampler=steps,
         batch_size=None,
         num_workers=recipe.data.workers,
@@ -350,6 +367,6 @@ class Ledger:
                 f"({self._max_broken:.1%}); all are listed in {self._path}, the last ones:\n  {last}"
             )
 
-    def note(self, event: str) -> None:
+    def note(self, event: str, **more: Any) -> None:
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"event": event}) + "\n")
+            file.write(json.dumps({"event": event} | more) + "\n")

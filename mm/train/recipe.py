@@ -16,7 +16,7 @@ from mm.packing.source import Unit
 from mm.tokenizers.text import TokenizerOptions
 from mm.train.interrupts import seconds_of
 from mm.train.optim import OptimOptions
-from mm.train.parallel import Precision
+from mm.train.parallel import ParallelOptions, Precision
 from mm.train.schedule import ScheduleOptions
 from mm.train.warm_start import WarmStartOptions
 
@@ -49,7 +49,8 @@ class DataOptions:
         `steps`, and weights where there are several sources. See docs/remote.md
     index: folder for indexes and columns; safe to delete, safe to share between runs. All machines of a lazy run need
         to see it
-    cache: keep copies of remote shards on disk, see docs/remote.md; without it they are read in place
+    cache: keep copies of remote shards, and the rows of parquet files, on disk, see docs/remote.md; without it they are
+        read in place
     workers: loader processes per training process
     max_broken: share of samples that may turn out broken before the run stops
     """
@@ -87,6 +88,7 @@ class Recipe:
     keep, keep_every: how many of the newest checkpoints stay, and of which steps all do, 0 for none; see
         docs/checkpoints.md
     time_limit: save and stop within this time of the start, such as 11h30m; repeating the command goes on
+    watchdog: minutes without the end of a step after which every process tells where it stands; 0 for never
     """
 
     name: str
@@ -102,6 +104,7 @@ class Recipe:
     init_from: str | None = None
     warm_start: WarmStartOptions | None = None
     precision: Precision = "auto"
+    parallel: ParallelOptions = field(default_factory=ParallelOptions)
     objective: dict[str, Any] = field(default_factory=lambda: {"_target_": "mm.objectives.next_token.NextToken"})
     optim: OptimOptions = field(default_factory=OptimOptions)
     schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
@@ -112,6 +115,7 @@ class Recipe:
     keep: int = 2
     keep_every: int = 0
     time_limit: str | None = None
+    watchdog: float = 30.0
     stages: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
