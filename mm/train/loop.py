@@ -14,11 +14,12 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from filelock import FileLock, Timeout
 from rich.progress import track
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mm import configure
@@ -32,6 +33,7 @@ from mm.train.average import averaged
 from mm.train.checkpoint import Position
 from mm.train.dataset import PlannedData, check_division
 from mm.train.faults import Watchdog, samples_of
+from mm.train.guard import Guard, GuardOptions, Spike
 from mm.train.interrupts import Interrupts, Stopped, leave_to_the_run, seconds_of
 from mm.train.meter import JsonLines, Meter, Progress, TensorBoard, Writer, device_peak, training_factors
 from mm.train.optim import build_optimizer, freeze, materialise_state, restore_options, set_learning_rate
@@ -57,6 +59,9 @@ NON_FINITE_IN_A_ROW = 5
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
+Outcome = Literal["ended", "stopped", "rewound"]
+
+
 def train(recipe: Recipe) -> Path:
     """Run the recipe to its end and return its last checkpoint. A run folder that holds a checkpoint is resumed.
 
@@ -70,29 +75,44 @@ def train(recipe: Recipe) -> Path:
     torch.manual_seed(recipe.seed)
     with locked(recipe.folder):
         resumed = checkpoint.latest(recipe.folder / "checkpoints")
-        position = checkpoint.read_position(resumed) if resumed else None
-        if resumed and position:
-            here = recipe.stage_recipes()[min(len(position.finished), len(recipe.stage_recipes()) - 1)]
-            checkpoint.check_architecture(resumed, build_model(here.model, meta=True))
-        stages = open_stages(recipe, recipe.folder, position)
-        first = next(stages)
+        if resumed:
+            check_architecture(resumed, recipe)
+        stages = stages_from(resumed, recipe)
+        stages = chain([next(stages)], stages)  # the first is planned before processes meet
         with join_world() as world, saving(recipe, world) as saver:
-            for stage in chain([first], stages):
-                if not stage.is_over or stage.number + 1 == len(recipe.stage_recipes()):
-                    run(recipe, stage, world, saver, interrupts)
-                    gc.collect()  # the sharded model of this stage, before the next is built
-                if interrupts.stopped:
-                    break
+            outcome: Outcome = "ended"
+            while outcome != "stopped" and (stage := next(stages, None)):
+                if stage.is_over and stage.number + 1 < len(recipe.stage_recipes()):
+                    continue
+                outcome = run(recipe, stage, world, saver, interrupts)
+                gc.collect()  # the sharded model of this stage, before the next is built
+                if outcome == "rewound":
+                    stages = stages_from(saver.last, recipe)
     assert saver.last is not None
-    if interrupts.stopped:
+    if outcome == "stopped":
         if world.is_first:
             print(f"stopped, as it was asked to; repeat the command to go on from {saver.last}")
         raise Stopped
     return saver.last
 
 
-def run(whole: Recipe, stage: Stage, world: World, saver: Saver, interrupts: Interrupts) -> None:
-    """The steps of a stage on this process, until the last of its checkpoints is complete."""
+def stages_from(resumed: Path | None, recipe: Recipe) -> Iterator[Stage]:
+    """The stages that are left, from a checkpoint on."""
+    return open_stages(recipe, recipe.folder, checkpoint.read_position(resumed) if resumed else None)
+
+
+def check_architecture(resumed: Path, recipe: Recipe) -> None:
+    """Raise `CheckpointError` unless a checkpoint's parameters are those of its stage's model."""
+    recipes, finished = recipe.stage_recipes(), checkpoint.read_position(resumed).finished
+    here = recipes[min(len(finished), len(recipes) - 1)]
+    checkpoint.check_architecture(resumed, build_model(here.model, meta=True))
+
+
+def run(whole: Recipe, stage: Stage, world: World, saver: Saver, interrupts: Interrupts) -> Outcome:
+    """The steps of a stage on this process, until the last of its checkpoints is complete.
+
+    It ends early where it was asked to stop, and where the guard has gone back to an earlier checkpoint.
+    """
     recipe, data, held_out = stage.recipe, stage.data, stage.held_out
     folder, objective = recipe.folder, configure.build(recipe.objective, NextToken)
     dtype = resolve_precision(recipe.precision, world.device)
@@ -128,6 +148,7 @@ def run(whole: Recipe, stage: Stage, world: World, saver: Saver, interrupts: Int
     meter = Meter(loss_names(data), factors, device_peak(world.device, dtype), world.sum, position.tokens)
     ledger = Ledger(folder, recipe.data.max_broken)
     seen = Seen(folder / "seen", world, position.step + 1)
+    guard = Guard(recipe.guard, folder, position.step + 1, writes=world.is_first) if recipe.guard else None
     skipped = 0
 
     with (
@@ -147,9 +168,11 @@ def run(whole: Recipe, stage: Stage, world: World, saver: Saver, interrupts: Int
             factor = learning_rate_factor(recipe.schedule, step - stage.begin, total - stage.begin)
             set_learning_rate(optimizer, factor)
 
+            totals: list[tuple[Tensor, Tensor]] = []
             for batch in micro_batches:
                 loss, parts = objective.loss(model, batch, denominators, data.names)
                 engine.backward(loss)
+                totals.append(parts["total"])
                 meter.add_losses(parts)
                 meter.add_batch(batch.real_tokens, len(batch.packs[1:]) * recipe.packing.capacity, model.flops(batch))
                 ledger.add(batch)
@@ -158,7 +181,7 @@ def run(whole: Recipe, stage: Stage, world: World, saver: Saver, interrupts: Int
             seen.add(step + 1, micro_batches)
             skipped = 0 if finite else skipped + 1
             if skipped:
-                names = [name for batch in micro_batches for name in samples_of(batch, data)]
+                names = samples_of((batch.rows for batch in micro_batches), data)
                 ledger.note(f"step {step + 1}: the gradient is not finite, the update was skipped", samples=names)
             if skipped >= NON_FINITE_IN_A_ROW:
                 raise RunError(
@@ -167,8 +190,13 @@ def run(whole: Recipe, stage: Stage, world: World, saver: Saver, interrupts: Int
                 )
 
             done = step + 1
+            here = replace(position, step=done, packs=stage.packs_at(done))
             watchdog.feed()
             outputs.advance()
+            if guard and (spike := guard.judge(done, mean_loss(totals, world), micro_batches)):
+                ledger.note(str(spike), samples=samples_of(spike.rows, data))
+                if rewind(spike, saver, here, guard.options, world):
+                    return "rewound"
             validates = due(recipe.validate_every, done, total)
             saves = stop or save or due(recipe.save_every, done, total)
             figures = {}
@@ -185,14 +213,37 @@ def run(whole: Recipe, stage: Stage, world: World, saver: Saver, interrupts: Int
                 outputs.write(done, figures)
             if saves:
                 with meter.paused():
-                    packs = stage.packs_at(done)
-                    here = replace(position, step=done, packs=packs, tokens=meter.tokens)
-                    saver.save(model, optimizer, here)
+                    saver.save(model, optimizer, replace(here, tokens=meter.tokens))
             if stop:
-                interrupts.stopped = True
-                break
+                saver.wait()
+                return "stopped"
         if saver.wait() is None:
             raise RunError(f"nothing to do: {folder} asks for {total} steps")
+    return "ended"
+
+
+def mean_loss(totals: Sequence[tuple[Tensor, Tensor]], world: World) -> float:
+    """Σwℓ / Σw of a step over its micro-batches and all processes."""
+    weighted, weight = world.sum([float(sum(column)) for column in zip(*totals, strict=True)])
+    return weighted / weight if weight else 0.0
+
+
+def rewind(spike: Spike, saver: Saver, here: Position, options: GuardOptions, world: World) -> bool:
+    """Whether the run is to go on from an earlier checkpoint; if not, there is none and it goes on from here.
+
+    Raises:
+        RunError: it has done so too often.
+    """
+    if here.rewinds >= options.rewinds:
+        raise RunError(
+            f"{spike}. The guard has gone back {here.rewinds} times, as often as guard.rewinds allows. Lower optim.lr "
+            "or optim.clip, or look at the samples in ledger.jsonl; the last checkpoint is intact"
+        )
+    rewound = saver.rewind(spike.last_good, here)
+    if world.is_first:
+        way = f"from {saver.last}" if rewound else f"as it is, no checkpoint is as old as step {spike.last_good}"
+        print(f"{spike}; the run goes on {way}")
+    return rewound
 
 
 def due(every: int, step: int, total: int) -> bool:
