@@ -70,6 +70,7 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._saving: Future[Saved] | None = None
         self._seconds = 0.0
+        self._bytes = 0
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Remove what a killed run left half-written, and see that a checkpoint of this state could be saved.
@@ -77,7 +78,7 @@ class Saver:
         Raises:
             CheckpointError: the folder is not writable or has no space for one.
         """
-        total, here = _state_bytes(model, optimizer)
+        self._bytes, here = _state_bytes(model, optimizer)
         self._seconds = self._seconds or here / GUESSED_SPEED
 
         def look() -> None:
@@ -88,11 +89,10 @@ class Saver:
             probe.mkdir()
             _write_durably(probe / POSITION, "{}")
             shutil.rmtree(probe)
-            disk = shutil.disk_usage(self._folder)
-            if disk.total and disk.free < total:  # some remote file systems say nothing, which reads as 0
-                raise OSError(f"a checkpoint takes about {total / 1e6:,.1f} MB and {disk.free / 1e6:,.1f} MB are free")
+            if lack := self._lack():
+                raise OSError(lack)
 
-        with _told(self._folder):
+        with self._told(self._folder):
             self._on_first(look)
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, position: Position) -> None:
@@ -109,7 +109,7 @@ class Saver:
         state: dict[str, Any] = {"model": weights, "optimizer": moments}
 
         def complete(write: Callable[[], Any]) -> Saved:
-            with _told(final):
+            with self._told(final):
                 write()
                 self._on_first(lambda: self._publish(partial, final, position))
             return Saved(final, time.monotonic() - began)
@@ -171,7 +171,7 @@ class Saver:
             _flush_folder(good[-1])
             return good[-1]
 
-        with _told(self._folder):
+        with self._told(self._folder):
             chosen = self._on_first(go_back)
         self.last = chosen or self.last
         return chosen is not None
@@ -192,6 +192,33 @@ class Saver:
         _flush_folder(self._folder)
         keep_only(self._folder, self._keep, self._keep_every)
 
+    def _lack(self) -> str:
+        """What the disk lacks for a checkpoint, in words; empty where it lacks nothing, or says nothing."""
+        if not self._folder.exists():
+            return ""
+        disk = shutil.disk_usage(self._folder)
+        if not disk.total or disk.free >= self._bytes:  # some remote file systems say nothing, which reads as 0
+            return ""
+        return f"a checkpoint takes about {self._bytes / 1e6:,.1f} MB and {disk.free / 1e6:,.1f} MB are free"
+
+    @contextmanager
+    def _told(self, path: Path) -> Iterator[None]:
+        """Turns what can go wrong while saving into a `CheckpointError`."""
+        try:
+            yield
+        except (OSError, dcp.CheckpointException) as error:
+            # torch.save tells of a full disk as "unexpected pos 704 vs 598", so look
+            why = self._lack() or root_cause(error)
+            raise CheckpointError(
+                f"could not save {path}: {why}. Earlier checkpoints are intact; free some space or set `run:` to "
+                "another disk, and repeat the command to go on from the last one"
+            ) from error
+        except RuntimeError as error:  # of a collective
+            raise CheckpointError(
+                f"could not save {path}: a process of the run is gone ({root_cause(error)}). Earlier checkpoints are "
+                "intact; see above for what ended it, and repeat the command to go on from the last one"
+            ) from error
+
     def _on_first(self, act: Callable[[], T]) -> T:
         """Act on the first process. The others wait for it, and all return what it does or raise what its disk does."""
         outcome: list[T | OSError | None] = [None]
@@ -204,23 +231,6 @@ class Saver:
         if isinstance(outcome[0], OSError):
             raise outcome[0]
         return cast(T, outcome[0])
-
-
-@contextmanager
-def _told(path: Path) -> Iterator[None]:
-    """Turns what can go wrong while saving into a `CheckpointError`."""
-    try:
-        yield
-    except (OSError, dcp.CheckpointException) as error:
-        raise CheckpointError(
-            f"could not save {path}: {root_cause(error)}. Earlier checkpoints are intact; free some space or set "
-            "`run:` to another disk, and repeat the command to go on from the last one"
-        ) from error
-    except RuntimeError as error:  # of a collective
-        raise CheckpointError(
-            f"could not save {path}: a process of the run is gone ({root_cause(error)}). Earlier checkpoints are "
-            "intact; see above for what ended it, and repeat the command to go on from the last one"
-        ) from error
 
 
 @contextmanager
