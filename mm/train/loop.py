@@ -70,8 +70,9 @@ def train(recipe: Recipe) -> Path:
     """
     interrupts = Interrupts(seconds_of(recipe.time_limit) if recipe.time_limit else None)
     for chosen in recipe.stage_recipes():
-        check_division(chosen.packing, local_world()[1], chosen.micro_batch)
-        check_parallel(chosen.parallel, local_world()[1])
+        processes, context = local_world()[1], chosen.parallel.context
+        check_parallel(chosen.parallel, processes, chosen.packing.capacity)
+        check_division(chosen.packing, processes // context, chosen.micro_batch)
     torch.manual_seed(recipe.seed)
     with locked(recipe.folder):
         resumed = checkpoint.latest(recipe.folder / "checkpoints")
@@ -144,10 +145,11 @@ def run(whole: Recipe, stage: Stage, world: World, saver: Saver, interrupts: Int
         else:
             check_plan(position, data, resumed)
     batches = load_batches(recipe, world, data, position, total)
-    micro_steps = recipe.packing.packs_per_batch // (world.size * recipe.micro_batch)
+    reader, share = world.reader(recipe.parallel.context), world.share(recipe.parallel.context)
+    micro_steps = recipe.packing.packs_per_batch // (reader.count * recipe.micro_batch)
     meter = Meter(loss_names(data), factors, device_peak(world.device, dtype), world.sum, position.tokens)
-    ledger = Ledger(folder, recipe.data.max_broken)
-    seen = Seen(folder / "seen", world, position.step + 1)
+    ledger = Ledger(folder, recipe.data.max_broken, writes=share.index == 0)
+    seen = Seen(folder / "seen", world, position.step + 1, writes=share.index == 0)
     guard = Guard(recipe.guard, folder, position.step + 1, writes=world.is_first) if recipe.guard else None
     skipped = 0
 
@@ -174,7 +176,9 @@ def run(whole: Recipe, stage: Stage, world: World, saver: Saver, interrupts: Int
                 engine.backward(loss)
                 totals.append(parts["total"])
                 meter.add_losses(parts)
-                meter.add_batch(batch.real_tokens, len(batch.packs[1:]) * recipe.packing.capacity, model.flops(batch))
+                meter.add_batch(
+                    batch.real_tokens, len(batch.packs[1:]) * recipe.packing.capacity // share.count, model.flops(batch)
+                )
                 ledger.add(batch)
             norm, finite = engine.step()
             meter.end_step(norm, recipe.optim.lr * factor)
@@ -204,10 +208,10 @@ def run(whole: Recipe, stage: Stage, world: World, saver: Saver, interrupts: Int
                 figures = meter.report()
             if held_out and validates:
                 with meter.paused():
-                    figures |= validate(model, objective, held_out, world)
+                    figures |= validate(model, objective, held_out, world, recipe)
                     if recipe.optim.average and recipe.optim.average.validate:
                         with averaged(model, optimizer):
-                            of_average = validate(model, objective, held_out, world)
+                            of_average = validate(model, objective, held_out, world, recipe)
                         figures |= {f"average/{name}": figure for name, figure in of_average.items()}
             if figures:
                 outputs.write(done, figures)
@@ -252,13 +256,17 @@ def due(every: int, step: int, total: int) -> bool:
 
 
 @torch.no_grad()
-def validate(model: MultimodalLM, objective: NextToken, held_out: PlannedData, world: World) -> dict[str, float]:
+def validate(
+    model: MultimodalLM, objective: NextToken, held_out: PlannedData, world: World, recipe: Recipe
+) -> dict[str, float]:
     """Loss over all packs of the validation split, in total and per modality and source."""
     model.eval()
     names = loss_names(held_out)
     totals = {name: [0.0, 0.0] for name in names}
-    dataset = held_out.materialiser()
-    for micro_step in held_out.every_pack(world):
+    context = recipe.parallel.context
+    capacity = recipe.packing.capacity if context > 1 else None
+    dataset = held_out.materialiser(capacity, world.share(context))
+    for micro_step in held_out.every_pack(world.reader(context)):
         batch = dataset[micro_step].to(world.device)
         _, parts = objective.loss(model, batch, dict.fromkeys(objective.weights([batch]), 1.0), held_out.names)
         for name, pair in parts.items():
@@ -282,12 +290,17 @@ def first_packs(data: PlannedData, packs: int, device: torch.device) -> Iterator
 
 def load_batches(recipe: Recipe, world: World, data: PlannedData, position: Position, total: int) -> Iterator[Batch]:
     """This rank's micro-batches from a position on, made ahead of time by the loader's workers."""
+    context = recipe.parallel.context
     steps = data.micro_steps(
-        world, recipe.micro_batch, seed=recipe.seed, steps=range(position.step, total), first_pack=position.packs
+        world.reader(context),
+        recipe.micro_batch,
+        seed=recipe.seed,
+        steps=range(position.step, total),
+        first_pack=position.packs,
     )
-    static = world.device.type == "cuda" or recipe.parallel.compile
+    static = world.device.type == "cuda" or recipe.parallel.compile or context > 1
     loader = DataLoader(
-        data.materialiser(recipe.packing.capacity if static else None, ahead=True),
+        data.materialiser(recipe.packing.capacity if static else None, world.share(context), ahead=True),
         sampler=steps,
         batch_size=None,
         num_workers=recipe.data.workers,
@@ -377,27 +390,36 @@ class Seen:
 
     Sorted over all ranks, the digests of a step do not depend on how many processes there were: two runs saw the same
     where they are equal. A resumed run has each step once.
+
+    Args:
+        writes: whether to name the packs. Of processes that share their streams one does.
     """
 
-    def __init__(self, folder: Path, world: World, first_step: int) -> None:
+    def __init__(self, folder: Path, world: World, first_step: int, *, writes: bool) -> None:
         folder.mkdir(exist_ok=True)
         if world.is_first:  # files of ranks that a smaller world no longer has
             for path in folder.glob("rank-*.jsonl"):
                 if int(path.stem.removeprefix("rank-")) >= world.size:
                     JsonLines(path, first_step).close()
         self._lines = JsonLines(folder / f"rank-{world.rank}.jsonl", first_step)
+        self._writes = writes
 
     def add(self, step: int, batches: Sequence[Batch]) -> None:
-        digests = [digest for batch in batches for digest in batch.digests()]
+        digests = [digest for batch in batches for digest in batch.digests()] if self._writes else []
         self._lines.write(step, {"packs": digests})
 
 
 class Ledger:
-    """Samples that were replaced by padding, and other events of a run: ``ledger.jsonl``, one object a line."""
+    """Samples that were replaced by padding, and other events of a run: ``ledger.jsonl``, one object a line.
 
-    def __init__(self, folder: Path, max_broken: float) -> None:
+    Args:
+        writes: of processes that share their streams one does.
+    """
+
+    def __init__(self, folder: Path, max_broken: float, *, writes: bool = True) -> None:
         self._path = folder / "ledger.jsonl"
         self._max_broken = max_broken
+        self._writes = writes
         self._seen = 0
         self._broken: list[str] = []
 
@@ -419,5 +441,7 @@ class Ledger:
             )
 
     def note(self, event: str, **more: Any) -> None:
+        if not self._writes:
+            return
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"event": event} | more) + "\n")
