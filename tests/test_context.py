@@ -36,10 +36,12 @@ def inputs(kv_heads: int) -> list[Tensor]:
 
 def attend_in_parts(rank: int, size: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
-    context, held = Context(size, dist.group.WORLD), Share(rank, size).of(sum(LENGTHS))
+    group = dist.group.WORLD
+    assert group is not None
+    context, held = Context(size, group), Share(rank, size).of(sum(LENGTHS))
     for kv_heads in (8, 4, 2, 1):
-        whole = inputs(kv_heads)
-        mixed = context.attend(*(x[held] for x in whole), Layout.of(LENGTHS))
+        whole = q, k, v = inputs(kv_heads)
+        mixed = context.attend(q[held], k[held], v[held], Layout.of(LENGTHS))
         mixed.square().sum().backward()
         gradients = [x.grad for x in whole]
         torch.save((mixed.detach(), gradients), f"{folder}/{kv_heads}-{rank}")
@@ -50,8 +52,8 @@ def attend_in_parts(rank: int, size: int, folder: str) -> None:
 def test_attention_in_parts_is_attention_of_the_whole(tmp_path: Path, size: int) -> None:
     spawn(attend_in_parts, args=(size, str(tmp_path)), nprocs=size)
     for kv_heads in (8, 4, 2, 1):
-        whole = inputs(kv_heads)
-        expected = attend(*whole, Layout.of(LENGTHS))
+        whole = q, k, v = inputs(kv_heads)
+        expected = attend(q, k, v, Layout.of(LENGTHS))
         expected.square().sum().backward()
         parts = [torch.load(tmp_path / f"{kv_heads}-{rank}", weights_only=True) for rank in range(size)]
         torch.testing.assert_close(torch.cat([mixed for mixed, _ in parts]), expected.detach())
@@ -77,7 +79,7 @@ def test_the_shares_of_a_batch_hold_every_label_once_and_only_items_that_reach_i
     step = MicroStep(0, (0, 1, 2, 3))
     whole = data.materialiser(capacity=128)[step]
     shares = [data.materialiser(128, Share(index, 4))[step] for index in range(4)]
-    assert torch.equal(sum(share.weights for share in shares), whole.weights)
+    assert torch.equal(torch.stack([share.weights for share in shares]).sum(0), whole.weights)
     assert torch.equal(torch.stack([share.labels for share in shares]).amax(0), whole.labels)
     assert sum(share.real_tokens for share in shares) == whole.real_tokens
     for modality, media in whole.media.items():
