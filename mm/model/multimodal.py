@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mm.configure import RecipeError, build
 from mm.encoders.base import Adapter, Encoder, Grid
 from mm.layers.cross_entropy import Losses, linear_cross_entropy
-from mm.layers.layout import Layout
+from mm.layers.layout import WHOLE, Layout
 from mm.model.decoder import Decoder, DecoderConfig
 from mm.model.hub import load_decoder, read_decoder_config
 from mm.packing.batch import IGNORE, Batch, Media
@@ -97,7 +97,7 @@ class MultimodalLM(nn.Module):
     def forward(self, batch: Batch, z_loss: float = 0.0) -> Losses:
         """Weighted next-token loss of a batch, summed (not averaged) over its labels, in stream order."""
         predicting = (batch.labels != IGNORE).nonzero().squeeze(1)
-        hidden = self.hidden(batch).index_select(0, predicting)
+        hidden = self.hidden(batch).index_select(0, predicting - batch.span.start)
         return linear_cross_entropy(
             hidden,
             self.decoder.head_weight,
@@ -107,27 +107,31 @@ class MultimodalLM(nn.Module):
         )
 
     def hidden(self, batch: Batch, layout: Layout | None = None) -> Tensor:
-        """(T, D) last hidden states, after the final norm."""
+        """(T, D) last hidden states, after the final norm. Of a share of a stream, T is its tokens."""
         layout = layout or Layout(batch.offsets, batch.tokens.device)
-        return self.decoder(self.embed(batch), batch.positions, layout)
+        return self.decoder(self.embed(batch), batch.positions[batch.span], layout)
 
     def embed(self, batch: Batch) -> Tensor:
         """(T, D) input of the decoder: token embeddings with the media in their slots."""
-        embeddings = self.decoder.embed(batch.tokens)
+        embeddings = self.decoder.embed(batch.tokens[batch.span])
         for modality in self.modalities:
             media = batch.media.get(modality)
             if media is None:
                 embeddings = embeddings + 0.0 * self._dummy(modality, embeddings.device)
             else:
-                embeddings = self._place(embeddings, modality, media)
+                embeddings = self._place(embeddings, modality, media, batch)
         return embeddings
 
-    def _place(self, embeddings: Tensor, modality: Modality, media: Media) -> Tensor:
+    def _place(self, embeddings: Tensor, modality: Modality, media: Media, batch: Batch) -> Tensor:
         features = self._encoder(modality)(**media.inputs)
         given = self._adapter(modality)(features, media.grids)
         if len(given) != len(media.slots):
             raise SlotMismatch(modality, promised=len(media.slots), given=len(given))
-        return embeddings.index_copy(0, media.slots, given.to(embeddings.dtype))
+        slots = media.slots
+        if batch.share != WHOLE:
+            held = (slots >= batch.span.start) & (slots < batch.span.stop)
+            slots, given = slots[held] - batch.span.start, given[held]
+        return embeddings.index_copy(0, slots, given.to(embeddings.dtype))
 
     def _dummy(self, modality: Modality, device: torch.device) -> Tensor:
         """A finite scalar that went through the encoder, so that every rank calls it equally often."""
@@ -137,13 +141,16 @@ class MultimodalLM(nn.Module):
         return self._adapter(modality)(encoder(**inputs), [grid]).sum()
 
     def flops(self, batch: Batch) -> dict[str, float]:
-        """Forward FLOPs of the batch by part: ``encoders.image``, ``adapters.image``, …, ``decoder``, ``head``."""
+        """Forward FLOPs of the batch by part: ``encoders.image``, ``adapters.image``, …, ``decoder``, ``head``.
+
+        Of a share of a stream, the decoder's are that share, since attention is divided by heads.
+        """
         parts = {}
         for modality, media in batch.media.items():
             parts[f"encoders.{modality.label}"] = sum(self._encoder(modality).flops(grid) for grid in media.grids)
             parts[f"adapters.{modality.label}"] = sum(self._adapter(modality).flops(grid) for grid in media.grids)
         real = batch.rows[:, 0] >= 0
-        parts["decoder"] = self.decoder.flops(batch.offsets.diff()[real].tolist())
+        parts["decoder"] = self.decoder.flops(batch.offsets.diff()[real].tolist()) / batch.share.count
         parts["head"] = self.decoder.head_flops(int((batch.labels != IGNORE).sum()))
         return parts
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 import faulthandler
 import sys
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from mm.packing.batch import Batch
+from torch import Tensor
+
 from mm.train.dataset import PlannedData
 
 
@@ -60,10 +62,11 @@ class Watchdog:
         print(self._path.read_text(encoding="utf-8"), file=sys.stderr, flush=True)
 
 
-def samples_of(batch: Batch, data: PlannedData) -> list[str]:
-    """Names of the samples of a batch, as messages have them."""
+def samples_of(rows: Iterable[Tensor], data: PlannedData) -> list[str]:
+    """Names of the samples of batches with these `Batch.rows`, as messages have them."""
     return [
         f"{data.names[source]}, {Path(data.samples[source].shards[shard]).name}, row {row}"
-        for source, shard, row in batch.rows.tolist()
+        for of_batch in rows
+        for source, shard, row in of_batch.tolist()
         if source >= 0
     ]
