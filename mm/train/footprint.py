@@ -1,0 +1,317 @@
+"""Memory of a training step on one of N GPUs, accounted without a GPU and without weights.
+
+    model on the meta device ─▶ fake tensors ─▶ `parallelise` over N processes that do not exist ─▶ optimizer's state
+    packs that are full of tokens and items ─▶ forward and backward under torch's memory tracker ─▶ bytes by part
+
+The suite's own code runs, on tensors that have sizes and no values, so nothing is modelled twice: what is sharded, kept
+for the backward or gathered is what the code does. Four things differ from a GPU, of which the second is corrected:
+
+- attention takes the CPU's fused kernel, which keeps what FlashAttention keeps, and a copy of the output in order;
+- the head works on chunks of the CPU's size and precision (`_head_beyond_cpu`);
+- one stream: what a GPU gathers ahead while it computes is not counted twice;
+- the allocator loses nothing, and CUDA and NCCL have no memory of their own.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image as Pillow
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+from mm.layers.cross_entropy import CHUNK, CHUNK_ON_CPU
+from mm.media import Item, Waveform, measure
+from mm.model.multimodal import MultimodalLM, build_model
+from mm.packing.batch import Batch, Media
+from mm.packing.options import PackingOptions
+from mm.sample import Modality
+from mm.train.optim import OptimOptions, build_optimizer, freeze, materialise_state
+from mm.train.parallel import Precision, World, leave_world, parallelise
+from mm.train.recipe import Recipe
+
+LARGE_ITEMS: dict[Modality, Callable[[], Item]] = {
+    Modality.IMAGE: lambda: Pillow.new("RGB", (1920, 1080)),
+    Modality.SPEECH: lambda: Waveform(np.zeros(480_000, np.float32), 16_000),
+    Modality.POINT: lambda: np.random.default_rng(0).normal(size=(8192, 3)).astype(np.float32),
+}
+"""A decoded item of each modality that is as long as they usually get: a recording lasts 30 s."""
+
+TRACKED = {
+    "parameters": ("Sharded Param", "Parameter", "Buffer"),
+    "gradients": ("Sharded Grad", "Gradient"),
+    "optimizer state": ("OptState", "Optstate"),
+    "gathered weights": ("Unsharded Param", "All Gather"),
+    "gradients to reduce": ("Unsharded Grad", "Reduce Scatter"),
+}
+"""Our names of what torch's trackers tell apart (with FSDP2 and without); the rest are activations."""
+
+HEAD = "head, loss and temporaries"
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What the first of the GPUs holds when a micro-step needs most.
+
+    parts: bytes by part, see `TRACKED`; then ``activations of`` encoders, adapters and decoder that the backward still
+        needs at that moment, `HEAD`, and the ``batches`` of the step
+    kept: bytes that the whole forward keeps for the backward, by part of the model
+    flops: forward FLOPs of the micro-batch by part, as `MultimodalLM.flops`
+    """
+
+    parts: dict[str, int]
+    kept: dict[str, int]
+    flops: dict[str, float]
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+def footprint(recipe: Recipe, gpus: int) -> Footprint:
+    """The memory of a micro-step of the recipe on each of `gpus` GPUs. Nothing is read but sizes; takes seconds.
+
+    Gradients of an earlier micro-step are there already if a step has several.
+    """
+    dtype = compute_dtype(recipe.precision)
+    micro_steps = recipe.packing.packs_per_batch // (gpus * recipe.micro_batch)
+    model = build_model(recipe.model, meta=True).train()
+    batch = full_batch(model, recipe.packing, recipe.micro_batch)
+    flops = model.flops(batch)
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with imaginary_world(gpus) as world:
+        optimizer = shard(model, recipe.optim, world, dtype, fake)
+        if micro_steps > 1:
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        batch = on_device(batch, fake)
+        peak, kept = run_tracked(model, optimizer, batch, fake)
+    parts = {name: sum(peak.get(key, 0) for key in keys) for name, keys in TRACKED.items()}
+    activations = peak["Total"] - sum(parts.values())
+    for part, size in kept.items():  # the backward frees them from the last to the first
+        parts[f"activations of {part}"] = min(size, activations)
+        activations -= min(size, activations)
+    parts[HEAD] = activations + _head_beyond_cpu(model, batch, dtype)
+    parts["batches"] = micro_steps * batch_bytes(batch)
+    return Footprint(parts, kept, flops)
+
+
+def compute_dtype(precision: Precision) -> torch.dtype:
+    """What `resolve_precision` gives on a GPU that multiplies bf16."""
+    return torch.float32 if precision == "fp32" else torch.bfloat16
+
+
+@contextmanager
+def imaginary_world(size: int) -> Iterator[World]:
+    """The first of `size` processes; the others do not exist, and collectives with them do nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+    try:
+        yield World(0, size, torch.device("cpu"))
+    finally:
+        leave_world()
+
+
+def shard(
+    model: MultimodalLM, options: OptimOptions, world: World, dtype: torch.dtype, fake: FakeTensorMode
+) -> torch.optim.Optimizer:
+    """Freeze, shard and give an optimizer with its state to a model on the meta device, as a run does."""
+    with fake:
+        model.to_empty(device=world.device)
+    freeze(model, options)
+    parallelise(model, world, dtype)
+    optimizer = build_optimizer(model, options, dtype)
+    with fake:
+        materialise_state(optimizer, options)
+    return optimizer
+
+
+# ------------------------------------------------------------------------------------------------------- the batch
+
+
+def full_batch(model: MultimodalLM, packing: PackingOptions, packs: int) -> Batch:
+    """A micro-batch that is as full as the packing allows: of every modality as many items as the limits and then the
+    capacity allow, and behind them text to the last token. A pack is one document, and every token bears loss."""
+    capacity = packing.capacity
+    media, end = {}, 0
+    for modality in model.modalities:
+        transform, adapter = model.entrances[modality]
+        prepared, grid = _large_item(model, modality)
+        length = adapter.length(grid)
+        items = min(packing.limits.get(modality.label, capacity), (capacity - end) // length)
+        if items:
+            slots = torch.arange(end, end + items * length)
+            media[modality] = Media(
+                inputs=transform.collate([prepared] * items * packs),
+                grids=(grid,) * items * packs,
+                slots=(slots + capacity * torch.arange(packs)[:, None]).flatten(),
+                documents=torch.arange(packs).repeat_interleave(items),
+            )
+        end += items * length
+    offsets = torch.arange(0, capacity * (packs + 1), capacity, dtype=torch.int32)
+    return Batch(
+        tokens=torch.zeros(packs * capacity, dtype=torch.int64),
+        positions=torch.arange(capacity).repeat(packs),
+        labels=torch.zeros(packs * capacity, dtype=torch.int64),
+        weights=torch.ones(packs * capacity),
+        modality=torch.zeros(packs * capacity, dtype=torch.int8),
+        offsets=offsets,
+        packs=offsets,
+        rows=torch.zeros(packs, 3, dtype=torch.int64),
+        media=media,
+    )
+
+
+def _large_item(model: MultimodalLM, modality: Modality) -> tuple[Tensor, tuple[int, ...]]:
+    """A prepared item as long as they usually get, and its feature grid."""
+    item, transform = LARGE_ITEMS[modality](), model.entrances[modality].transform
+    return transform.prepare(item), transform.grid(measure(item))
+
+
+def batch_bytes(batch: Batch) -> int:
+    """Bytes of what a batch brings to the device."""
+    tensors = [getattr(batch, name) for name in ("tokens", "positions", "labels", "weights", "modality")]
+    for media in batch.media.values():
+        tensors += [*media.inputs.values(), media.slots, media.documents]
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def on_device(batch: Batch, fake: FakeTensorMode) -> Batch:
+    """The batch with fake media; its integers, on which layouts and slots depend, stay what they are."""
+    values: dict[str, Any] = {entry.name: getattr(batch, entry.name) for entry in fields(batch)}
+    values["media"] = {
+        modality: Media(
+            {name: fake.from_tensor(tensor) for name, tensor in media.inputs.items()},
+            media.grids,
+            media.slots,
+            media.documents,
+        )
+        for modality, media in batch.media.items()
+    }
+    return Batch(**values)
+
+
+# ------------------------------------------------------------------------------------------------------- accounting
+
+
+class _ComputesIntegers(TorchDispatchMode):
+    """Computes what depends on no fake tensor, such as offsets, masks and indices: code branches on their values.
+
+    A fake tensor has no values. What makes tensors from nothing makes real ones of integers only.
+    """
+
+    ARANGE = (torch.ops.aten.arange.default, torch.ops.aten.arange.start, torch.ops.aten.arange.start_step)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # DTensor takes itself apart first
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        dtype = kwargs.get("dtype")
+        makes_integers = func in self.ARANGE or (dtype is not None and not dtype.is_floating_point)
+        if any(isinstance(tensor, FakeTensor) for tensor in tensors) or not (tensors or makes_integers):
+            return func(*args, **kwargs)
+        with _disable_current_modes():
+            return func(*args, **kwargs)
+
+
+class _Tracker(MemTracker):
+    """Torch's tracker for a model without FSDP2; the original fails on frozen parameters, whose gradient it hooks."""
+
+    def _track_module_params_and_buffers(self, module: nn.Module, install_grad_hooks: bool = True) -> tuple[int, int]:
+        trains = all(parameter.requires_grad for parameter in module.parameters())
+        return super()._track_module_params_and_buffers(module, install_grad_hooks and trains)
+
+
+def run_tracked(
+    model: MultimodalLM, optimizer: torch.optim.Optimizer, batch: Batch, fake: FakeTensorMode
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Forward and backward on fake tensors: (bytes by torch's categories at the peak, bytes kept by part)."""
+    if isinstance(model, FSDPModule):
+        tracker: MemTracker = FSDPMemTracker(model, optimizer)
+    else:
+        tracker = _Tracker()
+        tracker.track_external(model, optimizer)
+    with ExitStack() as entered:
+        for mode in (fake, tracker, _ComputesIntegers()):
+            entered.enter_context(mode)
+        with kept_by_part(model) as kept:
+            loss = model(batch).total
+        loss.backward()
+    (snapshot,) = tracker.get_tracker_snapshot("peak").values()
+    return {_category(key): size for key, size in snapshot.items()}, dict(kept)
+
+
+def _category(key: Any) -> str:
+    """Torch's name of a category, which is a member of an enumeration or the word Total."""
+    return str(getattr(key, "value", key)).rpartition(".")[2]
+
+
+@contextmanager
+def kept_by_part(model: MultimodalLM) -> Iterator[Counter[str]]:
+    """Counts the bytes that autograd keeps for the backward by the part of the model that runs: ``encoders.image``,
+    ``adapters.image``, …, ``decoder``. Every storage counts once, weights not at all."""
+    parts = {module: f"encoders.{name}" for name, module in model.encoders.items()}
+    parts |= {module: f"adapters.{name}" for name, module in model.adapters.items()}
+    parts[model.decoder] = "decoder"
+    kept: Counter[str] = Counter(dict.fromkeys(parts.values(), 0))
+    weights: dict[int, Any] = {}
+    seen: set[int] = set()
+    running: list[str] = []
+
+    def enter(module: nn.Module, _: Any) -> None:
+        if module in parts:
+            running.append(parts[module])
+        for parameter in module.parameters(recurse=False):
+            storage = parameter.untyped_storage()
+            weights[storage._cdata] = storage
+
+    def leave(module: nn.Module, *_: Any) -> None:
+        if module in parts:
+            running.pop()
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if running and storage._cdata not in weights and storage._cdata not in seen:
+            seen.add(storage._cdata)
+            kept[running[-1]] += storage.nbytes()
+        return tensor
+
+    with ExitStack() as hooks:
+        for module in model.modules():
+            hooks.callback(module.register_forward_pre_hook(enter).remove)
+            hooks.callback(module.register_forward_hook(leave).remove)
+        hooks.enter_context(saved_tensors_hooks(keep, lambda tensor: tensor))
+        yield kept
+
+
+def _head_beyond_cpu(model: MultimodalLM, batch: Batch, dtype: torch.dtype) -> int:
+    """Bytes that the head takes on a GPU beyond those on a CPU, see `mm.layers.cross_entropy`.
+
+    A chunk is larger. In 16 bits a GPU keeps each chunk's gradient in both precisions, and the product that is added to
+    the weight's gradient as well; a CPU widens the weight instead.
+    """
+    config, labels = model.decoder.config, len(batch.labels)
+    chunk, chunk_on_cpu = min(CHUNK, labels), min(CHUNK_ON_CPU, labels)
+    beyond = 4 * (chunk - chunk_on_cpu) * config.vocabulary
+    if dtype != torch.float32:
+        weight = 4 * config.vocabulary * config.width
+        trains = model.decoder.head_weight.requires_grad
+        beyond += 2 * chunk * config.vocabulary + (weight if trains else 0) - weight
+    return max(0, beyond)
