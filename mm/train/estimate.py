@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import RenderableType
+from rich.progress import track
 from rich.rule import Rule
 from rich.table import Table
 
@@ -115,15 +116,19 @@ def gpu_named(name: str) -> Gpu:
     return GPUS[name]
 
 
-def largest_micro_batch(recipe: Recipe, gpus: int, gpu: Gpu) -> tuple[int, int] | None:
-    """(packs, bytes) of the largest micro-batch that fits, among those that divide the batch; None if not even one."""
+def largest_micro_batch(estimate: Estimate) -> Estimate | None:
+    """The same recipe with the largest micro-batch that fits, of those that divide the batch; None if not one pack."""
+    recipe, gpus = estimate.recipe, estimate.gpus
     packs = recipe.packing.packs_per_batch // gpus
     largest = None
-    for micro_batch in (count for count in range(1, packs + 1) if packs % count == 0):
-        estimate = Estimate.of(configure.derive(recipe, {"micro_batch": micro_batch}), gpus, gpu)
-        if not estimate.fits:
+    divisors = [count for count in range(1, packs + 1) if packs % count == 0]
+    for micro_batch in track(divisors, description="largest micro-batch", transient=True):
+        tried = estimate
+        if micro_batch != recipe.micro_batch:
+            tried = Estimate.of(configure.derive(recipe, {"micro_batch": micro_batch}), gpus, estimate.gpu)
+        if not tried.fits:
             break
-        largest = micro_batch, estimate.total
+        largest = tried
     return largest
 
 
@@ -213,8 +218,8 @@ def run_table(estimate: Estimate, mfu: float) -> Table:
     recipe, packing = estimate.recipe, estimate.recipe.packing
     table = Table("figure", title="the run, all packs full", title_justify="left")
     table.add_column("value", justify="right")
-    largest = largest_micro_batch(recipe, estimate.gpus, estimate.gpu)
-    fitting = "none" if largest is None else f"{largest[0]} packs, {_gib(largest[1])} GiB"
+    largest = largest_micro_batch(estimate)
+    fitting = "none" if largest is None else f"{largest.recipe.micro_batch} packs, {_gib(largest.total)} GiB"
     table.add_row("largest micro_batch that fits", fitting)
     table.add_row("FLOPs of a step", f"{estimate.step_flops:.3g}")
     seconds = estimate.step_seconds(mfu)
