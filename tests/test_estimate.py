@@ -7,23 +7,16 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
-from mm import configure
-from mm.configure import RecipeError
+from mm.configure import RecipeError, derive
 from mm.model.decoder import Decoder, DecoderConfig
 from mm.model.hub import save_decoder
 from mm.model.multimodal import DecoderOptions, ModelOptions, build_model
-from mm.train.dataset import open_data
 from mm.train.estimate import CONTEXT, GPUS, Estimate, gpu_named, largest_micro_batch, ways_out
 from mm.train.footprint import footprint, full_batch
-from mm.train.optim import parameter_groups
-from mm.train.preview import planned
 from mm.train.recipe import Recipe
-from mm.train.sources import Blueprint
 from tests.small_world import DECODER, environment
 
 PICTURES = (
@@ -117,7 +110,12 @@ STATES = ("parameters", "gradients", "optimizer state")
     "changes",
     [
         ("precision=fp32",),
-        ("precision=bf16", "optim.kind=muon", "optim.average={}", "optim.parts=[{match: '^encoders.image', freeze: true}]"),
+        (
+            "precision=bf16",
+            "optim.kind=muon",
+            "optim.average={}",
+            "optim.parts=[{match: '^encoders.image', freeze: true}]",
+        ),
     ],
     ids=["adamw", "muon, averaged, partly frozen"],
 )
@@ -138,3 +136,67 @@ def test_what_the_forward_keeps_for_the_backward_is_within_a_tenth_of_training(
     assert real["tokens"] > 120
     kept = footprint(Recipe.load(recipe, [*PICTURES, "precision=bf16"]), processes).kept
     assert sum(kept.values()) == pytest.approx(real["kept"], rel=0.1)
+
+
+def test_a_full_pack_holds_the_limits_items_and_its_capacity_of_tokens(recipe: Path) -> None:
+    chosen = Recipe.load(recipe, PICTURES)
+    batch = full_batch(build_model(chosen.model, meta=True), chosen.packing, packs=2)
+    assert [len(media.grids) for media in batch.media.values()] == [6]
+    assert len(batch.tokens) == 2 * chosen.packing.capacity == int(batch.packs[-1])
+
+
+def test_the_largest_micro_batch_fits_and_the_next_does_not(recipe: Path) -> None:
+    chosen = Recipe.load(recipe, [*PICTURES, "precision=bf16"])  # 4 packs a step: 1, 2 or 4 at once
+    totals = [Estimate.of(derive(chosen, {"micro_batch": packs}), 1, GPUS["h100"]).total for packs in (1, 2, 4)]
+    assert totals == sorted(totals)
+    between = Estimate.of(chosen, 1, replace(GPUS["h100"], memory=totals[1]))
+    largest = largest_micro_batch(between)
+    assert largest is not None
+    assert largest.recipe.micro_batch == 2
+    assert largest_micro_batch(Estimate.of(chosen, 1, replace(GPUS["h100"], memory=CONTEXT))) is None
+
+
+def test_muon_saves_the_second_moment_of_the_matrices_in_blocks(recipe: Path) -> None:
+    chosen = Recipe.load(recipe, [*PICTURES, "precision=bf16"])
+    model = build_model(chosen.model, meta=True)
+    towers = [model.decoder, *model.encoders.values()]
+    matrices = [p for tower in towers for block in tower.blocks() for p in block.parameters() if p.ndim == 2]
+    changes = {words: changes for words, changes, _ in ways_out(chosen, 1)}["optim.kind=muon"]
+    before, after = (footprint(other, 1).parts["optimizer state"] for other in (chosen, derive(chosen, changes)))
+    steps = 4 * len(matrices)  # AdamW also counts the steps of each
+    assert before - after == 4 * sum(matrix.numel() for matrix in matrices) + steps
+
+
+def test_the_flops_of_a_step_are_three_forwards_of_what_trains(recipe: Path) -> None:
+    chosen = Recipe.load(recipe, [*PICTURES, "packing.limits.image=0", "precision=bf16"])
+    decoder = build_model(chosen.model, meta=True).decoder
+    capacity, packs = chosen.packing.capacity, chosen.packing.packs_per_batch
+    forward = decoder.flops([capacity] * packs) + decoder.head_flops(capacity * packs)
+    assert Estimate.of(chosen, 2, GPUS["h100"]).step_flops == pytest.approx(3 * forward)
+
+
+def test_an_unknown_gpu_and_a_batch_that_does_not_divide_are_named(recipe: Path) -> None:
+    with pytest.raises(RecipeError, match="'v100' is not known; known are rtx-4090, a100-40g"):
+        gpu_named("v100")
+    with pytest.raises(RecipeError, match="4 packs does not divide among 3 processes"):
+        Estimate.of(Recipe.load(recipe), 3, GPUS["h100"])
+
+
+def test_sizes_beside_a_checkpoint_are_planned_by_and_must_be_its_own(tmp_path: Path) -> None:
+    save_decoder(Decoder(DecoderConfig(**DECODER)), tmp_path)
+    nowhere = ModelOptions(DecoderOptions("no/such-checkpoint", DECODER))
+    assert build_model(nowhere, meta=True).decoder.config == DecoderConfig(**DECODER)
+    assert build_model(ModelOptions(DecoderOptions(str(tmp_path), DECODER | {"context": 2048})))
+    with pytest.raises(RecipeError, match=r"config.layers is 3 and .* has 2; correct the recipe"):
+        build_model(ModelOptions(DecoderOptions(str(tmp_path), DECODER | {"layers": 3})))
+
+
+@pytest.mark.parametrize("name", ["open-qwen2vl-pretrain", "open-qwen2vl-sft", "qwen2.5-7b-siglip", "smolvlm-256m"])
+def test_recipes_for_gpus_load_and_build_their_model_without_the_hub(name: str) -> None:
+    chosen = Recipe.load(f"train/{name}.yaml")
+    model = build_model(chosen.model, meta=True)
+    parameters = sum(parameter.numel() for parameter in model.decoder.parameters())
+    # model cards: Qwen2.5 has 1.54B and 7.61B parameters, SmolLM2 135M
+    expected = {"open": 1.54e9, "qwen": 7.61e9, "smol": 135e6}[name[:4]]
+    assert parameters == pytest.approx(expected, rel=0.01)
+    assert all(source.card.startswith("cards/YOUR-") for source in chosen.data.sources.values())
