@@ -146,7 +146,7 @@ def test_a_full_pack_holds_the_limits_items_and_its_capacity_of_tokens(recipe: P
 
 
 def test_the_largest_micro_batch_fits_and_the_next_does_not(recipe: Path) -> None:
-    chosen = Recipe.load(recipe, [*PICTURES, "precision=bf16"])  # 4 packs a step: 1, 2 or 4 at once
+    chosen = Recipe.load(recipe, [*PICTURES, "precision=bf16", "packing.batch=8"])  # 1, 2, 4 or 8 packs at once
     totals = [Estimate.of(derive(chosen, {"micro_batch": packs}), 1, GPUS["h100"]).total for packs in (1, 2, 4)]
     assert totals == sorted(totals)
     between = Estimate.of(chosen, 1, replace(GPUS["h100"], memory=totals[1]))
