@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mm.configure import RecipeError, derive
-from mm.model.decoder import Decoder, DecoderConfig
+from mm.model.decoder import Decoder
 from mm.model.hub import save_decoder
 from mm.model.multimodal import DecoderOptions, ModelOptions, build_model
 from mm.train.estimate import CONTEXT, GPUS, Estimate, gpu_named, largest_micro_batch, ways_out
@@ -183,9 +183,10 @@ def test_an_unknown_gpu_and_a_batch_that_does_not_divide_are_named(recipe: Path)
 
 
 def test_sizes_beside_a_checkpoint_are_planned_by_and_must_be_its_own(tmp_path: Path) -> None:
-    save_decoder(Decoder(DecoderConfig(**DECODER)), tmp_path)
+    config = DecoderOptions(config=DECODER).resolve()
+    save_decoder(Decoder(config), tmp_path)
     nowhere = ModelOptions(DecoderOptions("no/such-checkpoint", DECODER))
-    assert build_model(nowhere, meta=True).decoder.config == DecoderConfig(**DECODER)
+    assert build_model(nowhere, meta=True).decoder.config == config
     assert build_model(ModelOptions(DecoderOptions(str(tmp_path), DECODER | {"context": 2048})))
     with pytest.raises(RecipeError, match=r"config.layers is 3 and .* has 2; correct the recipe"):
         build_model(ModelOptions(DecoderOptions(str(tmp_path), DECODER | {"layers": 3})))
