@@ -31,6 +31,8 @@ if "OMP_WAIT_POLICY" not in os.environ:
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Pre-train vision-language models.")
 preset_app = typer.Typer(no_args_is_help=True, help="The files a recipe is made of: list, read, copy.")
 app.add_typer(preset_app, name="preset")
+checkpoint_app = typer.Typer(no_args_is_help=True, help="Checkpoints of a run: list, verify, average, consolidate.")
+app.add_typer(checkpoint_app, name="checkpoint")
 data_app = typer.Typer(no_args_is_help=True, help="Shards and cards: build, look at samples.")
 app.add_typer(data_app, name="data")
 console = Console()
@@ -132,11 +134,14 @@ def demo(
 @app.command()
 def train(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Train a recipe. Repeating the command resumes the run; under torchrun it uses all processes."""
+    from torch.distributed.elastic.multiprocessing.errors import record
+
     from mm.train.loop import train as train_recipe
     from mm.train.parallel import local_world
     from mm.train.recipe import Recipe
 
-    checkpoint = train_recipe(Recipe.load(recipe, overrides or []))
+    # Under torchrun, whoever fails first is named, with its traceback, among those that fail because of it.
+    checkpoint = record(train_recipe)(Recipe.load(recipe, overrides or []))
     if local_world()[0] == 0:
         console.print(f"[bold]done[/bold], the last checkpoint is {checkpoint}", soft_wrap=True)
 
@@ -229,6 +234,53 @@ def export(
     from mm.train.export import export_run
 
     console.print(f"{export_run(run, out, average=average)} holds model.safetensors and recipe.yaml")
+
+
+Checkpoint = Annotated[Path, typer.Argument(help="a checkpoint, such as RUN/checkpoints/step-00001000")]
+ExportFolder = Annotated[Path, typer.Argument(help="folder to write")]
+
+
+@checkpoint_app.command("ls")
+def list_checkpoints(run: Annotated[Path, typer.Argument(help="a run folder")]) -> None:
+    """Step, stage, size and date of all checkpoints of a run, and which are complete."""
+    from mm.train.inventory import table_of
+
+    console.print(table_of(run))
+
+
+@checkpoint_app.command("verify")
+def verify_checkpoint(path: Checkpoint) -> None:
+    """Read every tensor: sizes of files, names and shapes, non-finite values. Exit status 1 if something is wrong."""
+    from mm.train.inventory import verify
+
+    verified = verify(path)
+    for finding in verified.findings:
+        console.print(finding, markup=False, highlight=False, soft_wrap=True)
+    verdict = f"[red]{len(verified.findings)} wrong[/red]" if verified.findings else "[green]sound[/green]"
+    console.print(f"{verdict}: {verified.entries:,} entries, {verified.size / 1e6:,.1f} MB in {path}", soft_wrap=True)
+    raise typer.Exit(1 if verified.findings else 0)
+
+
+@checkpoint_app.command("average")
+def average_checkpoints(
+    run: Annotated[Path, typer.Argument(help="a run folder")],
+    out: ExportFolder,
+    last: Annotated[int, typer.Option(help="how many of the newest checkpoints")] = 5,
+) -> None:
+    """Export the mean of the weights of a run's last checkpoints."""
+    from mm.train.export import export_mean
+
+    console.print(f"{export_mean(run, last, out)} holds the mean of {last} checkpoints", soft_wrap=True)
+
+
+@checkpoint_app.command("consolidate")
+def consolidate_checkpoint(path: Checkpoint, out: ExportFolder) -> None:
+    """Write a checkpoint's weights as one safetensors file, as `mm export` does those of a run."""
+    from mm.train.checkpoint import read_position
+    from mm.train.export import export_run
+
+    step = read_position(path).step
+    console.print(f"{export_run(path, out)} holds model.safetensors and recipe.yaml of step {step}", soft_wrap=True)
 
 
 @app.command()

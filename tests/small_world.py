@@ -12,7 +12,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ import torch
 import yaml
 from PIL import Image as PillowImage
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedTokenizerFast
 
 from mm.model.multimodal import DecoderOptions, ModelOptions, MultimodalLM, build_model
@@ -183,10 +185,21 @@ def write_tokenizer(folder: Path) -> Path:
     return folder
 
 
-def tiny_model(encoders: Sequence[str] = tuple(ENCODERS)) -> MultimodalLM:
+def tiny_model(encoders: Sequence[str] = tuple(ENCODERS), *, meta: bool = False) -> MultimodalLM:
     """Encoders and a decoder of two layers, with the same decoder weights every time."""
     torch.manual_seed(1)
-    return build_model(ModelOptions(DecoderOptions(config=DECODER), {name: ENCODERS[name] for name in encoders}))
+    options = ModelOptions(DecoderOptions(config=DECODER), {name: ENCODERS[name] for name in encoders})
+    return build_model(options, meta=meta)
+
+
+def bytes_kept(compute: Callable[[], Tensor]) -> tuple[Tensor, int]:
+    """What a computation gives, and the bytes that stay allocated for it: the result and what its backward needs.
+
+    Allocations are counted, and not what autograd's hooks see: activation checkpointing keeps tensors of its own.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+        result = compute()
+    return result, sum(event.self_cpu_memory_usage for event in profiler.events() or ())
 
 
 # ----------------------------------------------------------------------------------------------------------- training

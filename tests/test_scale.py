@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 PLANNING = """
-import json, resource, sys, time
+import json, re, sys, time
+from pathlib import Path
 import numpy as np
 from benchmarks.lengths import mixed_lengths
 from mm.packing.options import PackingOptions
@@ -18,7 +19,8 @@ from mm.packing.plan import Plan
 from mm.packing.source import Rows, Source
 
 rows, folder = int(sys.argv[1]), sys.argv[2]
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# not ru_maxrss, which a process inherits from the one that starts it
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 PER_SHARD = 10_000
 some = mixed_lengths(10 * PER_SHARD)
 of_some = Rows(

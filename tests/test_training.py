@@ -22,7 +22,7 @@ from mm.train import checkpoint
 from mm.train.checkpoint import Position
 from mm.train.dataset import PlannedData, open_data
 from mm.train.loop import RunError, load_batches
-from mm.train.parallel import World, join_world, parallelise, resolve_precision
+from mm.train.parallel import ParallelOptions, World, join_world, parallelise, resolve_precision
 from mm.train.reading import Reader
 from mm.train.recipe import Recipe
 from mm.train.sources import Blueprint
@@ -171,7 +171,7 @@ def test_sharding_copies_no_layout_and_rounds_no_loss_weight(data: PlannedData) 
     batch = data.materialiser()[MicroStep(0, (0,))]
     batch = replace(batch, weights=batch.weights * 1.001)
     with join_world() as world:
-        parallelise(model, world, torch.bfloat16)
+        parallelise(model, world, torch.bfloat16, ParallelOptions())
         layouts, weights = [], []
         for block in model.decoder.blocks():
             block.register_forward_pre_hook(lambda _, inputs: layouts.append(inputs[1].layout))
@@ -281,7 +281,8 @@ def test_too_many_broken_pictures_stop_the_run_with_their_names(
 ) -> None:
     cards = corpus | {"pairs": write_source(tmp_path, "pairs", rows=24, broken=range(0, 24, 2))}
     recipe = write_recipe(tmp_path, cards, tokenizer_folder, sources=["pairs"])
-    with pytest.raises(RunError, match=r"data\.max_broken allows \(1\.0%\).*ledger\.jsonl.*\n  pairs, row \d+ \(0000"):
+    names = r"\n  pairs, pairs-\d\.tar, row \d+ \(0000"
+    with pytest.raises(RunError, match=r"data\.max_broken allows \(1\.0%\).*ledger\.jsonl.*" + names):
         train_here(recipe)
 
 
@@ -313,7 +314,8 @@ def test_an_encoder_that_gives_another_length_than_planned_is_an_error_with_the_
 ) -> None:
     other = Blueprint.of(Recipe.load(recipe, [f"model.encoders.image.image_size={size}"]))
     dataset = replace(data, blueprint=other).materialiser()
-    with pytest.raises(LengthMismatch, match=r"^(pairs|pages|chats), row \d+ \(\d+\): the plan promised \d+ tokens, "):
+    name = r"^(pairs|pages|chats), \1-\d\.tar, row \d+ \(\d+\)"
+    with pytest.raises(LengthMismatch, match=name + r": the plan promised \d+ tokens, "):
         [dataset[MicroStep(0, (pack,))] for pack in range(20)]
 
 

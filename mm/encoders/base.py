@@ -50,6 +50,9 @@ class Encoder(nn.Module, ABC):
 
     The features of an item never depend on its neighbours in the batch (BatchNorm stays in eval mode, attention is
     masked), and one call encodes all N items of a micro-batch, so that every rank calls the encoder equally often.
+
+    All tensors that it computes with are parameters or buffers: most ranks build it on the meta device and get the
+    values of those from the first (`mm.train.parallel.receive`).
     """
 
     transform: Transform

@@ -46,6 +46,7 @@ class Backend:
         return branches and q.device.type in self.devices and q.dtype in self.dtypes
 
 
+@torch.compiler.disable(reason="the calls follow the lengths of documents, which differ in every batch")
 def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, backend: str = "auto") -> Tensor:
     """Causal attention within each document, scores scaled by d^-½.
 

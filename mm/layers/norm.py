@@ -38,7 +38,10 @@ class RMSNorm(nn.Module):
 
 def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
     """(…, D) normalised by its root mean square over the last axis, times weight (D,)."""
-    if hidden.device.type == "cpu" and hidden.dtype in (torch.float32, torch.float64):
+    # Compiled code fuses on its own; and the gradients of an autograd function that works in place are compiled wrongly
+    # by torch 2.11, without a word (https://github.com/pytorch/pytorch/issues/180642).
+    on_cpu = hidden.device.type == "cpu" and hidden.dtype in (torch.float32, torch.float64)
+    if on_cpu and not torch.compiler.is_compiling():
         return _RMSNormOnCPU.apply(hidden, weight, eps)
     return F.rms_norm(hidden, weight.shape, weight, eps)
 

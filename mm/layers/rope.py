@@ -71,6 +71,8 @@ def rotation(rope: Rope, positions: Tensor, head_dim: int, dtype: torch.dtype) -
 
 def rotate(heads: Tensor, rotation: Rotation) -> Tensor:
     """(T, H, d) queries or keys turned by their token's angles; value i is paired with value i + d/2."""
+    if torch.compiler.is_compiling():  # see `mm.layers.norm.rms_norm`
+        return heads * rotation.cos + heads.roll(heads.shape[-1] // 2, dims=-1) * rotation.sin
     return _Rotate.apply(heads, rotation.cos, rotation.sin)
 
 

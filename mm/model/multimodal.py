@@ -107,6 +107,11 @@ class MultimodalLM(nn.Module):
             for modality in self.modalities
         }
 
+    def blocks(self) -> list[nn.Module]:
+        """The repeated blocks of encoders and decoder, in the order in which they compute."""
+        towers = [self._encoder(modality) for modality in self.modalities]
+        return [block for tower in (*towers, self.decoder) for block in tower.blocks()]
+
     def forward(self, batch: Batch, z_loss: float = 0.0) -> Losses:
         """Weighted next-token loss of a batch, summed (not averaged) over its labels, in stream order."""
         predicting = (batch.labels != IGNORE).nonzero().squeeze(1)

@@ -21,7 +21,8 @@ class PackingOptions:
     window: packs that are planned at a time, about: a window takes this many times `capacity` tokens from the sources.
         Larger windows fill a little better and shuffle wider; the first step waits for one window
     alike: this many packs in a row are alike in what they cost the encoders and the decoder, so that as many GPUs that
-        work on one each wait little for each other; 1 for packs in random order. See `mm.packing.balance.side_by_side`
+        work on one each wait little for each other. A batch should hold several such groups, or it is of one kind; 1
+        for packs in random order. See `mm.packing.balance.side_by_side`
     shuffle_shards: shards whose rows are shuffled together. Reads stay within this many shards a source
     too_long: what happens to a sample with more tokens than `capacity`: ``drop`` it, or ``truncate`` its text at the
         end if no media item is cut by that, and else drop it
@@ -34,7 +35,7 @@ class PackingOptions:
     batch: int | None = 64
     batch_tokens: int | None = None
     window: int = 2048
-    alike: int = 8
+    alike: int = 1
     shuffle_shards: int = 8
     too_long: str = "drop"
     policy: str = "best-fit"
@@ -53,6 +54,11 @@ class PackingOptions:
             )
         if (self.batch or self.batch_tokens or 0) < 1:
             raise ValueError("packing.batch and packing.batch_tokens must be at least 1")
+        if self.alike > self.packs_per_batch:
+            raise ValueError(
+                f"packing.alike is {self.alike} and a global batch has {self.packs_per_batch} packs, which would all "
+                "cost alike, as those of the next batch do: no batch would be like the data. Lower packing.alike"
+            )
         for name, allowed in (("too_long", TOO_LONG), ("policy", tuple(POLICIES))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"packing.{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")

@@ -1,19 +1,18 @@
 """Checkpoints: complete or invisible, loadable by any number of processes.
 
     RUN/checkpoints/step-00000200/   torch.distributed.checkpoint files, then `position.json`
-    RUN/checkpoints/.step-00000200.partial   while it is being written; never loaded, removed at the next save
+    RUN/checkpoints/.step-00000200.partial   while it is being written; never loaded, removed when the run goes on
 
 A checkpoint counts once its folder has its final name, which it gets by one rename after everything was flushed.
+`mm.train.saving` writes them.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -75,38 +74,6 @@ class Position:
         return cls(**values | {"finished": tuple(Finished(*stage) for stage in values["finished"])})
 
 
-def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, position: Position, world: World) -> Path:
-    """Write a checkpoint below `folder`; every process takes part. Returns its path.
-
-    Raises:
-        CheckpointError: the disk is full or not writable; earlier checkpoints are untouched.
-    """
-    final = folder / f"step-{position.step:08d}"
-    partial = folder / f".{final.name}.partial"
-    if world.is_first:
-        for stale in folder.glob(".*.partial"):
-            shutil.rmtree(stale)
-        partial.mkdir(parents=True, exist_ok=True)
-    world.barrier()
-    model_state, optimizer_state = get_state_dict(model, optimizer, options=BY_NAME)
-    try:
-        dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=partial)
-        if world.is_first:
-            _write_durably(partial / POSITION, json.dumps(asdict(position)))
-            _flush_folder(partial)
-            if final.exists():
-                shutil.rmtree(final)
-            partial.rename(final)
-            _flush_folder(folder)
-    except (OSError, dcp.CheckpointException) as error:
-        raise CheckpointError(
-            f"could not save {final}: {_root_cause(error)}. Earlier checkpoints are intact; free some space or set "
-            "`run:` to another disk, and repeat the command to go on from the last one"
-        ) from error
-    world.barrier()
-    return final
-
-
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, next_stage: bool = False) -> Position:
     """Load weights and optimizer state in place, whatever the number of processes that saved them.
 
@@ -130,7 +97,10 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, next
     try:
         dcp.load(state, storage_reader=Reader(path), planner=Planner())
     except dcp.CheckpointException as error:
-        raise CheckpointError(f"{path} does not fit this recipe: {_root_cause(error)}") from error
+        raise CheckpointError(
+            f"{path} does not fit this recipe, or is damaged: {root_cause(error)}. `mm checkpoint verify` tells which; "
+            "without the folder the run goes on from the checkpoint before"
+        ) from error
     optimizer_state |= loadable
     set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state, options=BY_NAME)
     return position
@@ -153,7 +123,7 @@ def load_weights(path: Path, model: nn.Module) -> None:
         return
     read_position(path)
     _check_names(path, wanted)
-    _load_alone({"model": wanted}, path)
+    load_alone({"model": wanted}, path)
     model.load_state_dict(wanted)
 
 
@@ -170,7 +140,7 @@ def load_averages(path: Path, model: nn.Module) -> None:
         raise CheckpointError(
             f"{path} holds no averages: they are in the checkpoints of runs whose recipe has `optim.average`"
         )
-    _load_alone({"optimizer": averages}, path)
+    load_alone({"optimizer": averages}, path)
 
 
 def load_mean(paths: Sequence[Path], model: nn.Module) -> None:
@@ -247,15 +217,6 @@ def find(path: str | Path) -> Path:
     return last
 
 
-def keep_last(folder: Path, count: int) -> None:
-    """Delete all complete checkpoints but the newest `count`."""
-    complete = complete_checkpoints(folder)
-    for path in complete[: max(len(complete) - count, 0)]:
-        doomed = path.with_name(f".{path.name}.partial")  # half-deleted is as invisible as half-written
-        path.rename(doomed)
-        shutil.rmtree(doomed)
-
-
 def read_position(path: Path) -> Position:
     try:
         return Position.read((path / POSITION).read_text())
@@ -263,11 +224,20 @@ def read_position(path: Path) -> Position:
         raise CheckpointError(f"{path} is no complete checkpoint: it has no {POSITION}") from None
 
 
-def _load_alone(state: dict[str, Any], path: Path) -> None:
-    """Fill the tensors of a state, without other processes."""
+def load_alone(state: dict[str, Any], path: Path) -> None:
+    """Fill the tensors of a state, without other processes.
+
+    Raises:
+        CheckpointError: a file of it is missing or damaged.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as `no_dist` asks for
-        dcp.load(state, storage_reader=Reader(path), planner=Planner(), no_dist=True)
+        try:
+            dcp.load(state, storage_reader=Reader(path), planner=Planner(), no_dist=True)
+        except dcp.CheckpointException as error:
+            raise CheckpointError(
+                f"{path} cannot be read: {root_cause(error)}. `mm checkpoint verify` names all that is wrong with it"
+            ) from error
 
 
 def _check_optimizer(path: Path, missing: Iterable[str]) -> None:
@@ -334,22 +304,7 @@ def _untied(state: Mapping[str, Any]) -> dict[str, Tensor]:
     return unique
 
 
-def _write_durably(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _root_cause(error: BaseException) -> str:
+def root_cause(error: BaseException) -> str:
     """The first exception below torch's wrapper, in one line."""
     failures = getattr(error, "failures", None)
     if failures:

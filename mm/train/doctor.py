@@ -33,7 +33,7 @@ from mm.data.guess import Field, Proposal, fields_of, propose
 from mm.data.labels import place_name, printable
 from mm.data.shards import ParquetShard, Place, Record, Scanned, Shard, is_remote, open_shard
 from mm.media import BrokenMedia, ImageFacts, SpeechFacts
-from mm.packing.fit import first_fit_decreasing
+from mm.packing.fit import best_fit
 from mm.sample import BrokenSample, Sample, Text
 from mm.tokenizers.text import TextTokenizer, TokenizerOptions
 from mm.train.meter import datasheet_flops
@@ -191,7 +191,7 @@ class Look:
         table.add_row("too long for a pack", f"{len(lengths) - len(fitting):,} ({1 - len(fitting) / len(lengths):.2%})")
         if not len(fitting):
             return table
-        packs = first_fit_decreasing(fitting, options.capacity).number
+        packs = best_fit(fitting, options.capacity).number
         whole = self._scaled(packs)
         tokens = whole * options.capacity
         table.add_row("packs" if self.share == 1 else "packs, scaled to all records", f"{max(whole, 1):,.0f}")

@@ -35,7 +35,7 @@ def load_trained(path: str | Path) -> Trained:
     """
     path = Path(path).expanduser()
     weights = checkpoint.find(path)
-    recipe = _recipe_of(weights)
+    recipe = recipe_of(weights)
     model = build_model(recipe.model)
     checkpoint.load_weights(weights, model)
     return Trained(recipe, model.eval(), Processor(TextTokenizer.load(recipe.tokenizer), model.entrances))
@@ -51,18 +51,35 @@ def export_run(path: str | Path, folder: Path, *, average: bool = False) -> Path
         CheckpointError: no weights, no recipe or no averages there.
     """
     weights = checkpoint.find(path)
-    recipe = _recipe_of(weights)
+    recipe = recipe_of(weights)
     model = build_model(recipe.model)
     checkpoint.load_weights(weights, model)
     if average:
         checkpoint.load_averages(weights, model)
+    return _write(recipe, model, folder)
+
+
+def export_mean(run: Path, count: int, folder: Path) -> Path:
+    """Write the mean of the weights of a run's newest `count` checkpoints, as `export_run` does. Returns `folder`.
+
+    Raises:
+        CheckpointError: the run has fewer, or they are of different architectures.
+    """
+    paths = checkpoint.newest(run, count)
+    recipe = recipe_of(paths[-1])
+    model = build_model(recipe.model)
+    checkpoint.load_mean(paths, model)
+    return _write(recipe, model, folder)
+
+
+def _write(recipe: Recipe, model: MultimodalLM, folder: Path) -> Path:
     checkpoint.export_weights(folder, model)
     (folder / "recipe.yaml").write_text(configure.to_yaml(recipe), encoding="utf-8")
     (folder / "versions.json").write_text(json.dumps(versions(), indent=1), encoding="utf-8")
     return folder
 
 
-def _recipe_of(weights: Path) -> Recipe:
+def recipe_of(weights: Path) -> Recipe:
     """``recipe.yaml`` beside an export's weights, or that of a checkpoint's stage, from its run folder."""
     if (weights / "recipe.yaml").exists():
         return Recipe.load(weights / "recipe.yaml")

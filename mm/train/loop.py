@@ -6,13 +6,15 @@ recipe ─▶ index, lengths, plan ─▶ (processes meet) ─▶ model ─▶ f
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -29,11 +31,22 @@ from mm.train import checkpoint
 from mm.train.average import averaged
 from mm.train.checkpoint import Position
 from mm.train.dataset import PlannedData, check_division
+from mm.train.faults import Watchdog, samples_of
+from mm.train.interrupts import Interrupts, Stopped, leave_to_the_run, seconds_of
 from mm.train.meter import JsonLines, Meter, Progress, TensorBoard, Writer, device_peak, training_factors
 from mm.train.optim import build_optimizer, freeze, materialise_state, restore_options, set_learning_rate
-from mm.train.parallel import Engine, World, join_world, local_world, parallelise, resolve_precision
+from mm.train.parallel import (
+    Engine,
+    World,
+    check_parallel,
+    join_world,
+    local_world,
+    parallelise,
+    resolve_precision,
+)
 from mm.train.parts import trained_parts
 from mm.train.recipe import Recipe
+from mm.train.saving import Saver, saving
 from mm.train.schedule import learning_rate_factor
 from mm.train.stages import RunError, Stage, open_stages
 from mm.train.versions import versions
@@ -41,12 +54,19 @@ from mm.train.warm_start import warm_start
 
 FORGIVEN = 8  # broken samples that no run stops for, however short it is
 NON_FINITE_IN_A_ROW = 5
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 def train(recipe: Recipe) -> Path:
-    """Run the recipe to its end and return its last checkpoint. A run folder that holds a checkpoint is resumed."""
+    """Run the recipe to its end and return its last checkpoint. A run folder that holds a checkpoint is resumed.
+
+    Raises:
+        Stopped: SIGTERM or the recipe's `time_limit` asked for it; the run has saved, and another call goes on.
+    """
+    interrupts = Interrupts(seconds_of(recipe.time_limit) if recipe.time_limit else None)
     for chosen in recipe.stage_recipes():
         check_division(chosen.packing, local_world()[1], chosen.micro_batch)
+        check_parallel(chosen.parallel, local_world()[1])
     torch.manual_seed(recipe.seed)
     with locked(recipe.folder):
         resumed = checkpoint.latest(recipe.folder / "checkpoints")
@@ -56,35 +76,42 @@ def train(recipe: Recipe) -> Path:
             checkpoint.check_architecture(resumed, build_model(here.model, meta=True))
         stages = open_stages(recipe, recipe.folder, position)
         first = next(stages)
-        with join_world() as world:
+        with join_world() as world, saving(recipe, world) as saver:
             for stage in chain([first], stages):
                 if not stage.is_over or stage.number + 1 == len(recipe.stage_recipes()):
-                    resumed = run(recipe, stage, world)
+                    run(recipe, stage, world, saver, interrupts)
                     gc.collect()  # the sharded model of this stage, before the next is built
-    assert resumed is not None
-    return resumed
+                if interrupts.stopped:
+                    break
+    assert saver.last is not None
+    if interrupts.stopped:
+        if world.is_first:
+            print(f"stopped, as it was asked to; repeat the command to go on from {saver.last}")
+        raise Stopped
+    return saver.last
 
 
-def run(whole: Recipe, stage: Stage, world: World) -> Path:
-    """The steps of a stage on this process; returns its last checkpoint."""
+def run(whole: Recipe, stage: Stage, world: World, saver: Saver, interrupts: Interrupts) -> None:
+    """The steps of a stage on this process, until the last of its checkpoints is complete."""
     recipe, data, held_out = stage.recipe, stage.data, stage.held_out
     folder, objective = recipe.folder, configure.build(recipe.objective, NextToken)
     dtype = resolve_precision(recipe.precision, world.device)
-    resumed = checkpoint.latest(folder / "checkpoints")
+    resumed = saver.last
 
-    model = build_model(recipe.model)
-    if recipe.init_from and not resumed:
-        checkpoint.load_weights(checkpoint.find(recipe.init_from), model)
-    model.to(world.device).train()
-    if recipe.warm_start and not resumed:
-        batches = first_packs(data, recipe.warm_start.packs, world)
-        warm_start(model, batches, data.blueprint.processor.text.end, recipe.warm_start.penalty)
+    model = build_model(recipe.model, meta=not world.is_first).train()  # `parallelise` gives the others their weights
+    if world.is_first and not resumed:
+        if recipe.init_from:
+            checkpoint.load_weights(checkpoint.find(recipe.init_from), model)
+        if recipe.warm_start:
+            batches = first_packs(data, recipe.warm_start.packs, world.device)
+            warm_start(model.to(world.device), batches, data.blueprint.processor.text.end, recipe.warm_start.penalty)
     freeze(model, recipe.optim)
     factors = training_factors(trained_parts(model))
-    parallelise(model, world, dtype)
+    parallelise(model, world, dtype, recipe.parallel)
     optimizer = build_optimizer(model, recipe.optim, dtype)
     materialise_state(optimizer, recipe.optim)
     engine = Engine(model, optimizer, world, recipe.optim.clip)
+    saver.prepare(model, optimizer)
 
     position, total = stage.position, stage.end
     if resumed:
@@ -103,14 +130,20 @@ def run(whole: Recipe, stage: Stage, world: World) -> Path:
     seen = Seen(folder / "seen", world, position.step + 1)
     skipped = 0
 
-    with writers(whole, world, position, total) as outputs:
-        last = resumed
+    with (
+        writers(whole, world, position, total) as outputs,
+        interrupts.heard(),
+        Watchdog(folder, world.rank, recipe.watchdog) as watchdog,
+    ):
         for step in range(position.step, total):
             with meter.waiting():
                 micro_batches = [batch.to(world.device) for batch in islice(batches, micro_steps)]
-            names = list(objective.weights(micro_batches))
-            sums = world.sum([objective.weights(micro_batches)[name] for name in names])
-            denominators = dict(zip(names, sums, strict=True))
+            weights = objective.weights(micro_batches)
+            votes = (saver.failed, *interrupts.votes(saver.reserve))
+            *sums, failed, stop, save = world.sum([*weights.values(), *map(float, votes)])
+            denominators = dict(zip(weights, sums, strict=True))
+            if failed:
+                saver.wait()
             factor = learning_rate_factor(recipe.schedule, step - stage.begin, total - stage.begin)
             set_learning_rate(optimizer, factor)
 
@@ -125,16 +158,19 @@ def run(whole: Recipe, stage: Stage, world: World) -> Path:
             seen.add(step + 1, micro_batches)
             skipped = 0 if finite else skipped + 1
             if skipped:
-                ledger.note(f"step {step + 1}: the gradient is not finite, the update was skipped")
+                names = [name for batch in micro_batches for name in samples_of(batch, data)]
+                ledger.note(f"step {step + 1}: the gradient is not finite, the update was skipped", samples=names)
             if skipped >= NON_FINITE_IN_A_ROW:
                 raise RunError(
                     f"the gradient was not finite in {skipped} steps in a row, up to step {step + 1}; lower optim.lr, "
-                    "raise schedule.warmup, or look at the samples: mm inspect RUN --step N"
+                    f"raise schedule.warmup, or look at the samples: {folder / 'ledger.jsonl'}, mm inspect RUN --step N"
                 )
 
             done = step + 1
+            watchdog.feed()
             outputs.advance()
-            saves, validates = due(recipe.save_every, done, total), due(recipe.validate_every, done, total)
+            validates = due(recipe.validate_every, done, total)
+            saves = stop or save or due(recipe.save_every, done, total)
             figures = {}
             if saves or validates or due(recipe.log_every, done, total):
                 figures = meter.report()
@@ -151,12 +187,12 @@ def run(whole: Recipe, stage: Stage, world: World) -> Path:
                 with meter.paused():
                     packs = stage.packs_at(done)
                     here = replace(position, step=done, packs=packs, tokens=meter.tokens)
-                    last = checkpoint.save(folder / "checkpoints", model, optimizer, here, world)
-                    if world.is_first:
-                        checkpoint.keep_last(folder / "checkpoints", recipe.keep)
-    if last is None:
-        raise RunError(f"nothing to do: {folder} asks for {total} steps")
-    return last
+                    saver.save(model, optimizer, here)
+            if stop:
+                interrupts.stopped = True
+                break
+        if saver.wait() is None:
+            raise RunError(f"nothing to do: {folder} asks for {total} steps")
 
 
 def due(every: int, step: int, total: int) -> bool:
@@ -186,12 +222,11 @@ def validate(model: MultimodalLM, objective: NextToken, held_out: PlannedData, w
     }
 
 
-def first_packs(data: PlannedData, packs: int, world: World) -> Iterator[Batch]:
-    """The first packs of the plan, all of them on every process."""
+def first_packs(data: PlannedData, packs: int, device: torch.device) -> Iterator[Batch]:
+    """The first packs of the plan."""
     dataset = data.materialiser()
-    numbers = range(min(packs, data.plan.planned))
-    for number in track(numbers, description="warm start", transient=True, disable=not world.is_first):
-        yield dataset[MicroStep(0, (number,))].to(world.device)
+    for number in track(range(min(packs, data.plan.planned)), description="warm start", transient=True):
+        yield dataset[MicroStep(0, (number,))].to(device)
 
 
 def load_batches(recipe: Recipe, world: World, data: PlannedData, position: Position, total: int) -> Iterator[Batch]:
@@ -199,12 +234,14 @@ def load_batches(recipe: Recipe, world: World, data: PlannedData, position: Posi
     steps = data.micro_steps(
         world, recipe.micro_batch, seed=recipe.seed, steps=range(position.step, total), first_pack=position.packs
     )
+    static = world.device.type == "cuda" or recipe.parallel.compile
     loader = DataLoader(
-        data.materialiser(recipe.packing.capacity if world.device.type == "cuda" else None, ahead=True),
+        data.materialiser(recipe.packing.capacity if static else None, ahead=True),
         sampler=steps,
         batch_size=None,
         num_workers=recipe.data.workers,
         prefetch_factor=4 if recipe.data.workers else None,
+        worker_init_fn=leave_to_the_run,
     )
     return iter(loader)
 
@@ -228,19 +265,22 @@ def loss_names(data: PlannedData) -> list[str]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the run folder; only the first process of a run takes the lock."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if local_world()[0] != 0:
-        yield
-        return
-    lock = FileLock(folder / "lock")
+    """Hold the run folder, and tell if it cannot be written; only the first process of a run takes the lock."""
     try:
-        with lock.acquire(timeout=0):
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / "lock").acquire(timeout=0) if local_world()[0] == 0 else nullcontext():
             yield
     except Timeout:
         raise RunError(
             f"another process is training in {folder}; wait for it or set `run:` to another folder"
         ) from None
+    except OSError as error:
+        if error.errno not in UNWRITABLE or not str(error.filename or folder).startswith(str(folder)):
+            raise
+        raise RunError(
+            f"could not write to {error.filename or folder}: {error.strerror}. Checkpoints are intact; free some "
+            "space, make the folder writable or set `run:` to another, and repeat the command to go on from the last"
+        ) from error
 
 
 class Outputs:
@@ -327,6 +367,6 @@ class Ledger:
                 f"({self._max_broken:.1%}); all are listed in {self._path}, the last ones:\n  {last}"
             )
 
-    def note(self, event: str) -> None:
+    def note(self, event: str, **more: Any) -> None:
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"event": event}) + "\n")
+            file.write(json.dumps({"event": event} | more) + "\n")

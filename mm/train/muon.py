@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim.adamw import adamw
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -126,7 +126,7 @@ def _shared_out(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
             yield [parameter]
             continue
         waiting.append(parameter)
-        if len(waiting) == parameter.device_mesh.size():
+        if len(waiting) == parameter.device_mesh.shape[-1]:
             yield waiting
             waiting = []
     if waiting:
@@ -138,20 +138,21 @@ def _orthogonalised(updates: list[Tensor], dtype: torch.dtype) -> Iterable[Tenso
     if not isinstance(updates[0], DTensor):
         return [orthogonalise(update, dtype) for update in updates]
     mesh = updates[0].device_mesh
-    own = mesh.get_local_rank()
+    axis = mesh.ndim - 1  # where replicas hold the matrix too (HSDP), each of them computes it on its own
+    own, size, group = mesh.get_local_rank(axis), mesh.size(axis), mesh.get_group(axis)
     shapes = [update.shape for update in updates]
-    rows = [[_rows(shape[0], mesh.size(), rank) for rank in range(mesh.size())] for shape in shapes]
+    rows = [[_rows(shape[0], size, rank) for rank in range(size)] for shape in shapes]
     # What I hold of each process's matrix, and what each process holds of mine; some are left without a matrix.
-    idle = [0] * (mesh.size() - len(updates))
+    idle = [0] * (size - len(updates))
     of_theirs = [held[own] * shape[1] for held, shape in zip(rows, shapes, strict=True)] + idle
-    of_mine = [held * shapes[own][1] for held in rows[own]] if own < len(updates) else [0] * mesh.size()
+    of_mine = [held * shapes[own][1] for held in rows[own]] if own < len(updates) else [0] * size
 
     shards = torch.cat([_local(update).to(dtype).flatten() for update in updates])
     whole = shards.new_empty(sum(of_mine))
-    dist.all_to_all_single(whole, shards, of_mine, of_theirs, mesh.get_group())
+    dist.all_to_all_single(whole, shards, of_mine, of_theirs, group)
     if own < len(updates):
         whole = orthogonalise(whole.view(shapes[own]), dtype).flatten()
-    dist.all_to_all_single(shards, whole, of_theirs, of_mine, mesh.get_group())
+    dist.all_to_all_single(shards, whole, of_theirs, of_mine, group)
     pieces = shards.split(of_theirs[: len(updates)])
     return [piece.view(-1, shape[1]) for piece, shape in zip(pieces, shapes, strict=True)]
 
@@ -166,6 +167,7 @@ def _local(tensor: Tensor) -> Tensor:
     """The rows of a matrix that this process holds."""
     if not isinstance(tensor, DTensor):
         return tensor
-    if tuple(tensor.placements) != (Shard(0),):
+    *replicas, rows = tensor.placements
+    if rows != Shard(0) or any(placement != Replicate() for placement in replicas):
         raise NotImplementedError(f"Muon takes matrices that are sharded by rows, not {tensor.placements}")
     return tensor.to_local()

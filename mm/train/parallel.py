@@ -1,5 +1,8 @@
 """Processes, precision and sharding: all the model code does not know of parallelism.
 
+    model of the first process ──block by block──▶ broadcast ─▶ each process keeps its shard, and gathers the blocks
+    (the others': meta device)                                  one after another when they compute
+
 FSDP2 shards every block of the decoder and of the encoders on its own, and the rest as one unit. One process in
 float32 is left as it is. https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
 """
@@ -12,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import chain
 from typing import Literal
 
 import torch
@@ -19,12 +23,59 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import swap_tensors
 
+from mm.configure import RecipeError
 from mm.model.multimodal import MultimodalLM
+from mm.train.activation import Activations, checkpoint_blocks
 
 Precision = Literal["auto", "fp32", "bf16"]
+
+
+class MissingProcess(RuntimeError):
+    """Not all processes of a run have come; the message says how many were expected, and of what to make sure."""
+
+
+@dataclass(frozen=True)
+class ParallelOptions:
+    """`parallel:` of a recipe, see docs/parallel.md.
+
+    replicate: groups of processes that each hold the whole model once, sharded within the group (HSDP). 1 shards it
+        over all processes
+    reshard_after_forward: let go of a block's gathered weights after its forward and gather them again for its
+        backward: `always`; `never`; `default`, for all but what the backward begins with
+    offload: keep weights, gradients and optimizer state in the host's memory and update there
+    activations: what blocks keep for their backward, see `mm.train.activation`
+    compile: compile the blocks; packs are padded to their capacity so that shapes stay the same
+    """
+
+    replicate: int = 1
+    reshard_after_forward: Literal["default", "always", "never"] = "default"
+    offload: bool = False
+    activations: Activations = "none"
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        if self.replicate < 1:
+            raise RecipeError(f"parallel.replicate is {self.replicate}; it counts copies of the model: at least 1")
+
+
+def check_parallel(options: ParallelOptions, processes: int) -> None:
+    """Raise `RecipeError` unless the options fit this many processes and their devices."""
+    if processes % options.replicate:
+        fitting = ", ".join(str(groups) for groups in range(1, processes + 1) if processes % groups == 0)
+        raise RecipeError(
+            f"parallel.replicate is {options.replicate}, and {processes} processes do not divide into so many equal "
+            f"groups; they do into {fitting}"
+        )
+    if options.offload and not torch.cuda.is_available():
+        raise RecipeError(
+            "parallel.offload moves weights out of a GPU's memory, and there is no GPU here: they are in the host's "
+            "memory already. Leave it out"
+        )
 
 
 @dataclass(frozen=True)
@@ -69,7 +120,11 @@ def leave_world() -> None:
 
 @contextmanager
 def join_world(timeout: timedelta = timedelta(minutes=30)) -> Iterator[World]:
-    """The process group of a run: NCCL on GPUs, gloo on CPUs; one process needs no launcher."""
+    """The process group of a run: NCCL on GPUs, gloo on CPUs; one process needs no launcher.
+
+    Raises:
+        MissingProcess: others have not come in time.
+    """
     rank, size = local_world()
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -78,7 +133,14 @@ def join_world(timeout: timedelta = timedelta(minutes=30)) -> Iterator[World]:
     else:
         device, backend = torch.device("cpu"), "gloo"
     store = HashStore() if size == 1 else None
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    try:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    except dist.DistError as error:
+        raise MissingProcess(
+            f"rank {rank} has waited {timeout.total_seconds():.0f} s in vain for all {size} processes (WORLD_SIZE) at "
+            f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}. Start as many, with one launcher on "
+            f"every machine, and see that they reach that address ({str(error).splitlines()[0]})"
+        ) from error
     try:
         yield World(rank, size, device)
         if size > 1:
@@ -98,36 +160,77 @@ def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype
     return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
 
 
-def parallelise(model: MultimodalLM, world: World, dtype: torch.dtype) -> None:
-    """Shard the model over all processes, in place; parameters stay float32, compute runs in `dtype`."""
-    if world.size == 1 and dtype == torch.float32:
+def parallelise(model: MultimodalLM, world: World, dtype: torch.dtype, options: ParallelOptions) -> None:
+    """Shard the model over all processes, in place; parameters stay float32, compute runs in `dtype`.
+
+    Every process gets the weights of the first, bit by bit, and never holds more of them than its shards and one unit
+    that is being sharded. Their own models are best built on the meta device. Freeze before.
+    """
+    blocks = model.blocks()
+    if options.compile:
+        compile_blocks(blocks)
+    checkpoint_blocks(blocks, options.activations)
+    if world.size == 1 and dtype == torch.float32 and not options.offload:
+        model.to(world.device)
         return
-    for parameter in model.parameters():
-        parameter.data = parameter.data.contiguous()  # FSDP2 takes no convolution whose channels are last in memory
-    mesh = init_device_mesh(world.device.type, (world.size,))
+    mesh = build_mesh(world, options.replicate)
+    offload = CPUOffloadPolicy() if options.offload else OffloadPolicy()
+
+    def shard(module: nn.Module, policy: MixedPrecisionPolicy, reshard: bool) -> None:
+        receive(module, world)
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, offload_policy=offload)
+
+    # BatchNorm's statistics are float32 and its kernels take no 16-bit parameters beside them, so it computes in
+    # float32. `fold: true` of an encoder does away with it.
+    exact = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32, output_dtype=dtype)
     # Inputs are integers or already in the parameters' dtype. Casting them as well would round the loss weights to 16
     # bits, and copy the layout for every block: each would derive its masks and indices anew.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    spares = world.size > 1 and options.reshard_after_forward != "never"
+    begins_backward = () if options.reshard_after_forward == "always" else (blocks[-1], model)
 
-    def shard(module: nn.Module) -> None:
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=world.size > 1)
-
-    for encoder in model.encoders.values():
-        _keep_batch_norms_exact(encoder, mesh, dtype)
-        for block in encoder.blocks():  # type: ignore[operator]
-            shard(block)
-    for block in model.decoder.blocks():
-        shard(block)
-    shard(model)
-
-
-def _keep_batch_norms_exact(encoder: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> None:
-    """BatchNorm's statistics are float32 and its kernels take no 16-bit parameters beside them, so it computes in
-    float32. `fold: true` of an encoder does away with it."""
-    policy = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32, output_dtype=dtype)
-    for module in encoder.modules():
+    for module in model.encoders.modules():
         if isinstance(module, _BatchNorm):
-            fully_shard(module, mesh=mesh, mp_policy=policy)
+            shard(module, exact, spares)
+    for module in (*blocks, model):
+        shard(module, policy, spares and module not in begins_backward)
+
+
+def build_mesh(world: World, replicate: int) -> DeviceMesh:
+    """(world,), or (replicate, shard) where neighbours shard and groups of them repeat the model."""
+    if replicate == 1:
+        return init_device_mesh(world.device.type, (world.size,))
+    sizes = (replicate, world.size // replicate)
+    return init_device_mesh(world.device.type, sizes, mesh_dim_names=("replicate", "shard"))
+
+
+@torch.no_grad()
+def receive(module: nn.Module, world: World) -> None:
+    """Put the first process's parameters and buffers into a module, in place, on the device.
+
+    What is sharded already is passed over. Drawing weights anew on every process would need as much memory as this
+    process wants to save: initialisation draws for whole modules, one after another.
+    """
+    for tensor in chain(module.parameters(), module.buffers()):
+        if isinstance(tensor, DTensor):
+            continue
+        if tensor.is_meta:
+            whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=world.device)
+            parameter = isinstance(tensor, nn.Parameter)
+            swap_tensors(tensor, nn.Parameter(whole, tensor.requires_grad) if parameter else whole)
+        else:  # FSDP2 takes no convolution whose channels are last in memory
+            tensor.data = tensor.data.to(world.device).contiguous()
+        if world.size > 1:
+            dist.broadcast(tensor.data, src=0)
+
+
+def compile_blocks(blocks: list[nn.Module]) -> None:
+    """Compile the forward of every block, in place. Blocks of one kind share their code.
+
+    Attention over a layout stays outside (`mm.layers.attention.attend`): its calls follow the lengths of the documents.
+    """
+    for block in blocks:
+        block.forward = torch.compile(block.forward)
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from mm.model.multimodal import ModelOptions
 from mm.packing.options import PackingOptions
 from mm.packing.source import Unit
 from mm.tokenizers.text import TokenizerOptions
+from mm.train.interrupts import seconds_of
 from mm.train.optim import OptimOptions
-from mm.train.parallel import Precision
+from mm.train.parallel import ParallelOptions, Precision
 from mm.train.schedule import ScheduleOptions
 from mm.train.warm_start import WarmStartOptions
 
@@ -48,7 +49,8 @@ class DataOptions:
         `steps`, and weights where there are several sources. See docs/remote.md
     index: folder for indexes and columns; safe to delete, safe to share between runs. All machines of a lazy run need
         to see it
-    cache: keep copies of remote shards on disk, see docs/remote.md; without it they are read in place
+    cache: keep copies of remote shards, and the rows of parquet files, on disk, see docs/remote.md; without it they are
+        read in place
     workers: loader processes per training process
     max_broken: share of samples that may turn out broken before the run stops
     """
@@ -63,7 +65,9 @@ class DataOptions:
     max_broken: float = 0.01
 
 
-OF_THE_WHOLE_RUN = {"name", "run", "seed", "init_from", "warm_start", "keep", "stages"}
+OF_THE_WHOLE_RUN = {
+    *("name", "run", "seed", "init_from", "warm_start", "save_async", "keep", "keep_every", "time_limit", "stages")
+}
 """Keys that a stage cannot change."""
 
 
@@ -80,6 +84,11 @@ class Recipe:
     warm_start: where linear adapters start, see `mm.train.warm_start`
     precision: `auto` computes in bf16 where the device does so natively
     validate_every, save_every: steps; 0 means only at the end
+    save_async: write checkpoints while training goes on, from a copy in memory; else training waits for each
+    keep, keep_every: how many of the newest checkpoints stay, and of which steps all do, 0 for none; see
+        docs/checkpoints.md
+    time_limit: save and stop within this time of the start, such as 11h30m; repeating the command goes on
+    watchdog: minutes without the end of a step after which every process tells where it stands; 0 for never
     """
 
     name: str
@@ -95,13 +104,18 @@ class Recipe:
     init_from: str | None = None
     warm_start: WarmStartOptions | None = None
     precision: Precision = "auto"
+    parallel: ParallelOptions = field(default_factory=ParallelOptions)
     objective: dict[str, Any] = field(default_factory=lambda: {"_target_": "mm.objectives.next_token.NextToken"})
     optim: OptimOptions = field(default_factory=OptimOptions)
     schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
     log_every: int = 10
     validate_every: int = 0
     save_every: int = 0
+    save_async: bool = True
     keep: int = 2
+    keep_every: int = 0
+    time_limit: str | None = None
+    watchdog: float = 30.0
     stages: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -115,6 +129,13 @@ class Recipe:
             raise RecipeError(f"micro_batch is {self.micro_batch}; it counts packs and must be at least 1")
         if self.keep < 1:
             raise RecipeError(f"keep is {self.keep}; without a checkpoint no run can be resumed, so it is at least 1")
+        if self.keep_every and not self.stages and (self.save_every < 1 or self.keep_every % self.save_every):
+            raise RecipeError(
+                f"keep_every is {self.keep_every} and save_every is {self.save_every}: it keeps what was saved, so it "
+                "has to be a multiple"
+            )
+        if self.time_limit is not None:
+            seconds_of(self.time_limit)
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

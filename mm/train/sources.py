@@ -108,7 +108,7 @@ class OpenSource:
     """A source of a recipe, open for planning and reading.
 
     index: of all its shards; None if they are indexed when the plan comes to them
-    excluded: (n,) as in `Rows`, where there is an index
+    excluded: (n,) as in `Rows`, where there is an index; None if all rows take part
     selection: what that was computed from
     told: whether it was told that some rows cannot be used; a list to be written to
     """
@@ -153,8 +153,8 @@ class OpenSource:
             shards=len(self.samples.shards),
             load=self.rows,
             choice_probabilities=np.array(self.samples.card.choices),
-            fingerprint=f"{self.index.fingerprint if self.index else self._names}-{text}",
-            shard_rows=np.diff(self.index.starts) if self.index else None,
+            fingerprint=f"{self._names if self.index is None else self.index.fingerprint}-{text}",
+            shard_rows=None if self.index is None else np.diff(self.index.starts),
             weight=self.options.weight,
             epochs=self.options.epochs,
             selection=self.selection,
@@ -183,11 +183,13 @@ class OpenSource:
             stamps=np.array([entry.number for entry in index.shards], np.uint32),
         )
 
-    def _excluded(self, index: Index, shards: Sequence[int]) -> np.ndarray:
-        """(n,) uint8 of the rows of some shards, whose index is `index`."""
-        if self.index is None or self.excluded is None:
+    def _excluded(self, index: Index, shards: Sequence[int]) -> np.ndarray | None:
+        """(n,) uint8 of the rows of some shards, whose index is `index`; None if all take part."""
+        if self.index is None:
             excluded, _ = _selection(index, self.options.where, part=True)
             return excluded
+        if self.excluded is None:
+            return None
         starts = self.index.starts
         return np.concatenate([self.excluded[slice(*starts[shard : shard + 2])] for shard in shards])
 
@@ -202,7 +204,8 @@ class OpenSource:
             self.blueprint.processor.text_length(index.sample(int(rows[0])))
         except BrokenSample as error:
             reason = str(error)
-        where = "" if len(index.shards) == len(self.samples.shards) else f" of its first {len(index.shards)} shards"
+        some, all_shards = len(index.shards), len(self.samples.shards)
+        where = "" if some == all_shards else f" in {some} of its {all_shards} shards"
         logger.warning(
             "%s: %d of %d rows%s cannot be used; the first: %s", self.name, len(rows), index.rows, where, reason
         )
@@ -215,8 +218,8 @@ class OpenSource:
         return hashlib.blake2b("\n".join([card.mapping_fingerprint, *shards]).encode(), digest_size=16).hexdigest()
 
 
-def _selection(index: Index, where: str | None, *, part: bool = False) -> tuple[np.ndarray, dict[str, Any]]:
-    """(n,) uint8 why a row is left out, as in `Rows.excluded`, and what that was computed from.
+def _selection(index: Index, where: str | None, *, part: bool = False) -> tuple[np.ndarray | None, dict[str, Any]]:
+    """(n,) uint8 why a row is left out, as in `Rows.excluded`, or None, and what that was computed from.
 
     Args:
         part: the index is of some shards only, where nothing may be selected.
@@ -236,7 +239,7 @@ def _selection(index: Index, where: str | None, *, part: bool = False) -> tuple[
     if dropped.any():
         excluded[dropped] = DROPPED
         selection["dropped"] = _identity(dropped)
-    return excluded, selection
+    return excluded if selection else None, selection
 
 
 def _identity(rows: np.ndarray) -> str:

@@ -1,0 +1,69 @@
+"""When something goes wrong: hangs show where every process stands, and skipped steps name their samples.
+
+step done ──▶ Watchdog.feed() ──… nothing for `watchdog` minutes …──▶ stacks of all threads: terminal, RUN/stacks/
+gradient not finite ──▶ the step and its samples in ledger.jsonl
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import sys
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from mm.packing.batch import Batch
+from mm.train.dataset import PlannedData
+
+
+class Watchdog:
+    """Tells where this process stands when a step takes too long, again and again until one ends.
+
+    A rank that hangs lets all others wait in a collective, so every rank tells: the one that does not wait in one is
+    the culprit.
+    """
+
+    def __init__(self, folder: Path, rank: int, minutes: float) -> None:
+        """`minutes`: 0 for never."""
+        self._path = folder / "stacks" / f"rank-{rank}.txt"
+        self._title = f"rank {rank}: no step has ended for {minutes:g} minutes; its threads stand at:"
+        self._seconds = 60 * minutes
+        self._fed, self._ended = threading.Event(), False
+
+    def __enter__(self) -> Self:
+        if self._seconds:
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._ended = True
+        self._fed.set()
+
+    def feed(self) -> None:
+        """A step is done: start waiting anew."""
+        self._fed.set()
+
+    def _watch(self) -> None:
+        while not self._ended:
+            if not self._fed.wait(self._seconds):
+                self._tell()
+            self._fed.clear()
+
+    def _tell(self) -> None:
+        self._path.parent.mkdir(exist_ok=True)
+        with self._path.open("w", encoding="utf-8") as file:
+            print(self._title, file=file, flush=True)
+            faulthandler.dump_traceback(file)
+        print(self._path.read_text(encoding="utf-8"), file=sys.stderr, flush=True)
+
+
+def samples_of(batch: Batch, data: PlannedData) -> list[str]:
+    """Names of the samples of a batch, as messages have them."""
+    return [
+        f"{data.names[source]}, {Path(data.samples[source].shards[shard]).name}, row {row}"
+        for source, shard, row in batch.rows.tolist()
+        if source >= 0
+    ]

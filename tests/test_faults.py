@@ -1,0 +1,79 @@
+"""A hang says where every process stands, a death ends the others with its reason, a bad gradient names its samples."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests import faulty_objectives
+from tests.processes import wait_until
+from tests.small_world import environment, losses, train_here, write_recipe
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, corpus: dict[str, Path], tokenizer_folder: Path) -> Path:
+    return write_recipe(
+        tmp_path, corpus, tokenizer_folder, ["text", "pairs"], steps=6, packing={"capacity": 128, "batch": 2}
+    )
+
+
+def objective(name: str) -> str:
+    return f"objective._target_=tests.faulty_objectives.{name}"
+
+
+def start(recipe: Path, processes: int, *changes: str) -> subprocess.Popen[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return subprocess.Popen(
+        [*launcher, "-m", "mm", "train", str(recipe), *changes],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_a_hang_shows_where_every_process_stands(recipe: Path) -> None:
+    started = start(recipe, 2, objective("Hanging"), "watchdog=0.1")
+    stacks = [recipe.parent / "run" / "stacks" / f"rank-{rank}.txt" for rank in (0, 1)]
+    try:
+        wait_until(lambda: all(path.exists() and "loop.py" in path.read_text() for path in stacks), 240)
+    finally:
+        started.terminate()
+        output, _ = started.communicate()
+    waiting, culprit = (path.read_text() for path in stacks)
+    assert "faulty_objectives.py" in culprit
+    assert "faulty_objectives.py" not in waiting.replace("in loss", "")
+    assert "rank 0: no step has ended for 0.1 minutes" in output
+    assert "rank 1: no step has ended for 0.1 minutes" in output
+
+
+def test_a_run_without_a_hang_leaves_no_stacks(recipe: Path) -> None:
+    run = train_here(recipe)
+    assert not (run / "stacks").exists()
+
+
+def test_a_rank_that_dies_ends_the_others_and_its_reason_is_named(recipe: Path) -> None:
+    begun = time.monotonic()
+    output, _ = (started := start(recipe, 2, objective("Raising"))).communicate(timeout=240)
+    assert started.returncode
+    cause = output[output.index("Root Cause") :]
+    assert "rank      : 1" in cause
+    assert "ArithmeticError: the answer is not 42" in cause
+    assert time.monotonic() - begun < 120
+
+
+def test_a_step_that_is_skipped_names_its_samples(recipe: Path) -> None:
+    faulty_objectives.calls.clear()
+    run = train_here(recipe, objective("NotFinite"), "objective.call=3")
+    assert list(losses(run)) == [1, 2, 3, 4, 5, 6]
+    (event,) = map(json.loads, (run / "ledger.jsonl").read_text().splitlines())
+    assert event["event"] == "step 2: the gradient is not finite, the update was skipped"
+    assert len(event["samples"]) > 2
+    assert all(name.split(",")[0] in ("text", "pairs") and ".tar, row " in name for name in event["samples"])
