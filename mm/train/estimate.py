@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from rich.console import RenderableType
@@ -16,11 +17,11 @@ from rich.table import Table
 from mm import configure
 from mm.configure import RecipeError
 from mm.model.multimodal import build_model
+from mm.train.activation import Activations
 from mm.train.dataset import check_division
 from mm.train.footprint import Footprint, footprint
-from mm.train.meter import datasheet_flops, training_factors
+from mm.train.meter import datasheet_flops
 from mm.train.optim import freeze
-from mm.train.parts import trained_parts
 from mm.train.preview import spoken
 from mm.train.recipe import Recipe
 
@@ -61,33 +62,38 @@ CONTEXT = int(1.5 * GIB)
 FRAGMENTATION = 0.05
 """Share of the tensors' bytes that the allocator loses. An allowance, not measured here."""
 
+LESS_KEPT: dict[Activations, tuple[Activations, ...]] = {
+    "none": ("selective", "full"),
+    "selective": ("full",),
+    "full": (),
+}
+"""What keeps less than each choice of `parallel.activations`."""
+
 
 @dataclass(frozen=True)
 class Estimate:
     """What a recipe, without stages or one of its stages, takes on each of some GPUs.
 
     footprint: of a micro-step with the recipe's micro-batch
-    step_flops: training FLOPs of a whole step on all GPUs, if all its packs were full
     """
 
     recipe: Recipe
     gpus: int
     gpu: Gpu
     footprint: Footprint
-    step_flops: float
 
     @classmethod
     def of(cls, recipe: Recipe, gpus: int, gpu: Gpu) -> Estimate:
         """Raises:
-        RecipeError: the global batch cannot be divided over the GPUs.
+        RecipeError: the global batch, or the copies of the model, cannot be divided over the GPUs.
         """
         check_division(recipe.packing, gpus, recipe.micro_batch)
-        found = footprint(recipe, gpus)
-        model = build_model(recipe.model, meta=True)
-        freeze(model, recipe.optim)
-        factors = training_factors(trained_parts(model))
-        micro_batch = sum(flops * factors[part] for part, flops in found.flops.items())
-        return cls(recipe, gpus, gpu, found, micro_batch * recipe.packing.packs_per_batch / recipe.micro_batch)
+        return cls(recipe, gpus, gpu, footprint(recipe, gpus))
+
+    @property
+    def step_flops(self) -> float:
+        """Training FLOPs of a whole step on all GPUs, if all its packs were full."""
+        return self.footprint.flops * self.recipe.packing.packs_per_batch / self.recipe.micro_batch
 
     @property
     def overhead(self) -> int:
@@ -118,25 +124,34 @@ def gpu_named(name: str) -> Gpu:
 
 def largest_micro_batch(estimate: Estimate) -> Estimate | None:
     """The same recipe with the largest micro-batch that fits, of those that divide the batch; None if not one pack."""
-    recipe, gpus = estimate.recipe, estimate.gpus
-    packs = recipe.packing.packs_per_batch // gpus
-    largest = None
+    recipe = estimate.recipe
+    packs = recipe.packing.packs_per_batch // estimate.gpus
     divisors = [count for count in range(1, packs + 1) if packs % count == 0]
-    for micro_batch in track(divisors, description="largest micro-batch", transient=True):
-        tried = estimate
-        if micro_batch != recipe.micro_batch:
-            tried = Estimate.of(configure.derive(recipe, {"micro_batch": micro_batch}), gpus, estimate.gpu)
-        if not tried.fits:
-            break
-        largest = tried
-    return largest
+
+    def tried(micro_batches: list[int]) -> Iterator[Estimate]:
+        for count in track(micro_batches, description="largest micro-batch", transient=True):
+            yield Estimate.of(configure.derive(recipe, {"micro_batch": count}), estimate.gpus, estimate.gpu)
+
+    if estimate.fits:
+        larger = tried([count for count in divisors if count > recipe.micro_batch])
+        return [estimate, *takewhile(lambda other: other.fits, larger)][-1]
+    smaller = tried([count for count in reversed(divisors) if count < recipe.micro_batch])
+    return next((other for other in smaller if other.fits), None)
 
 
 def ways_out(recipe: Recipe, gpus: int) -> Iterator[tuple[str, Mapping[str, Any], int]]:
     """What could be changed to need less memory: (in words, changes to the recipe, GPUs)."""
-    optim, packing = recipe.optim, recipe.packing
+    optim, packing, parallel = recipe.optim, recipe.packing, recipe.parallel
     if recipe.micro_batch > 1:
         yield "micro_batch=1", {"micro_batch": 1}, gpus
+    for activations in LESS_KEPT[parallel.activations]:
+        yield f"parallel.activations={activations}", {"parallel": {"activations": activations}}, gpus
+    if parallel.reshard_after_forward == "never":
+        yield "parallel.reshard_after_forward=default", {"parallel": {"reshard_after_forward": "default"}}, gpus
+    if parallel.replicate > 1:
+        yield "parallel.replicate=1", {"parallel": {"replicate": 1}}, gpus
+    if not parallel.offload:
+        yield "parallel.offload=true", {"parallel": {"offload": True}}, gpus
     if recipe.precision == "fp32":
         yield "precision=bf16", {"precision": "bf16"}, gpus
     for modality, limit in packing.limits.items():
@@ -204,7 +219,7 @@ def memory_table(estimate: Estimate) -> Table:
     )
     table.add_column("GiB", justify="right")
     for part, size in estimate.footprint.parts.items():
-        if size:
+        if size >= GIB / 200:  # less would read 0.00
             table.add_row(part, _gib(size))
     table.add_row(f"overhead: context, {FRAGMENTATION:.0%} lost by the allocator", _gib(estimate.overhead))
     verdict = "fits" if estimate.fits else "[red]does not fit[/red]"
@@ -236,7 +251,8 @@ def run_table(estimate: Estimate, mfu: float) -> Table:
 def ways_out_table(estimate: Estimate) -> Table:
     """What each change would save on its own, the most first."""
     found = []
-    for words, changes, gpus in ways_out(estimate.recipe, estimate.gpus):
+    ways = list(ways_out(estimate.recipe, estimate.gpus))
+    for words, changes, gpus in track(ways, description="what to change", transient=True):
         changed = configure.derive(estimate.recipe, changes)
         found.append((words, Estimate.of(changed, gpus, estimate.gpu)))
     table = Table("change", title="what to change", title_justify="left")

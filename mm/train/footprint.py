@@ -4,29 +4,32 @@
     packs that are full of tokens and items ─▶ forward and backward under torch's memory tracker ─▶ bytes by part
 
 The suite's own code runs, on tensors that have sizes and no values, so nothing is modelled twice: what is sharded, kept
-for the backward or gathered is what the code does. Four things differ from a GPU, of which the second is corrected:
+for the backward, computed again or gathered is what the code does. It differs from a GPU, where the first three are
+corrected:
 
-- attention takes the CPU's fused kernel, which keeps what FlashAttention keeps, and a copy of the output in order;
+- RMS norms in 16 bits have no fused kernel on a CPU (`fused_norms`);
 - the head works on chunks of the CPU's size and precision (`_head_beyond_cpu`);
+- what `parallel.offload` moves to the host's memory stands in that of the device (`_without_offloaded`);
+- attention takes the CPU's fused kernel, which keeps what FlashAttention keeps, and a copy of the output in order;
+- blocks are not compiled, with `parallel.compile` neither;
 - one stream: what a GPU gathers ahead while it computes is not counted twice;
 - the allocator loses nothing, and CUDA and NCCL have no memory of their own.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from PIL import Image as Pillow
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.fsdp import FSDPModule
@@ -41,8 +44,10 @@ from mm.model.multimodal import MultimodalLM, build_model
 from mm.packing.batch import Batch, Media
 from mm.packing.options import PackingOptions
 from mm.sample import Modality
-from mm.train.optim import OptimOptions, build_optimizer, freeze, materialise_state
-from mm.train.parallel import Precision, World, leave_world, parallelise
+from mm.train.meter import training_factors
+from mm.train.optim import build_optimizer, freeze, materialise_state
+from mm.train.parallel import Precision, World, check_parallel, leave_world, parallelise
+from mm.train.parts import trained_parts
 from mm.train.recipe import Recipe
 
 LARGE_ITEMS: dict[Modality, Callable[[], Item]] = {
@@ -53,7 +58,8 @@ LARGE_ITEMS: dict[Modality, Callable[[], Item]] = {
 """A decoded item of each modality that is as long as they usually get: a recording lasts 30 s."""
 
 TRACKED = {
-    "parameters": ("Sharded Param", "Parameter", "Buffer"),
+    "parameters": ("Sharded Param", "Parameter"),
+    "buffers": ("Buffer",),
     "gradients": ("Sharded Grad", "Gradient"),
     "optimizer state": ("OptState", "Optstate"),
     "gathered weights": ("Unsharded Param", "All Gather"),
@@ -61,22 +67,24 @@ TRACKED = {
 }
 """Our names of what torch's trackers tell apart (with FSDP2 and without); the rest are activations."""
 
+ACTIVATIONS = "activations"
 HEAD = "head, loss and temporaries"
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """What the first of the GPUs holds when a micro-step needs most.
+    """What the first of the GPUs holds when a micro-step needs most, and what the micro-step computes.
 
     parts: bytes by part, see `TRACKED`; then ``activations of`` encoders, adapters and decoder that the backward still
-        needs at that moment, `HEAD`, and the ``batches`` of the step
-    kept: bytes that the whole forward keeps for the backward, by part of the model
-    flops: forward FLOPs of the micro-batch by part, as `MultimodalLM.flops`
+        needs at that moment, `HEAD` with what a checkpointed block computes again, and the ``batches`` of the step
+    kept: bytes that the whole forward keeps for the backward, by part of the model: ``encoders.image``,
+        ``adapters.image``, …, ``decoder``, ``head``
+    flops: of training on the micro-batch; what is computed again is not counted, see `training_factors`
     """
 
     parts: dict[str, int]
     kept: dict[str, int]
-    flops: dict[str, float]
+    flops: float
 
     @property
     def total(self) -> int:
@@ -84,29 +92,36 @@ class Footprint:
 
 
 def footprint(recipe: Recipe, gpus: int) -> Footprint:
-    """The memory of a micro-step of the recipe on each of `gpus` GPUs. Nothing is read but sizes; takes seconds.
+    """What a micro-step of the recipe takes on each of `gpus` GPUs. Nothing is read but sizes; takes seconds.
 
     Gradients of an earlier micro-step are there already if a step has several.
+
+    Raises:
+        RecipeError: the GPUs do not divide into the groups of `parallel.replicate`.
     """
-    dtype = compute_dtype(recipe.precision)
+    check_parallel(replace(recipe.parallel, offload=False), gpus)  # whether this machine could offload is no matter
     micro_steps = recipe.packing.packs_per_batch // (gpus * recipe.micro_batch)
     model = build_model(recipe.model, meta=True).train()
+    freeze(model, recipe.optim)
     batch = full_batch(model, recipe.packing, recipe.micro_batch)
-    flops = model.flops(batch)
+    factors = training_factors(trained_parts(model))
+    flops = sum(factors[part] * forward for part, forward in model.flops(batch).items())
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with imaginary_world(gpus) as world:
-        optimizer = shard(model, recipe.optim, world, dtype, fake)
-        if micro_steps > 1:
+        optimizer = shard(model, recipe, world, fake)
+        if micro_steps > 1 or recipe.parallel.offload:
             for parameter in model.parameters():
                 parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         batch = on_device(batch, fake)
-        peak, kept = run_tracked(model, optimizer, batch, fake)
-    parts = {name: sum(peak.get(key, 0) for key in keys) for name, keys in TRACKED.items()}
-    activations = peak["Total"] - sum(parts.values())
+        parts, kept = run_tracked(model, optimizer, batch, fake)
+    if recipe.parallel.offload:
+        parts = _without_offloaded(parts, sharded=isinstance(model, FSDPModule))
+    activations = parts.pop(ACTIVATIONS)
     for part, size in kept.items():  # the backward frees them from the last to the first
-        parts[f"activations of {part}"] = min(size, activations)
-        activations -= min(size, activations)
-    parts[HEAD] = activations + _head_beyond_cpu(model, batch, dtype)
+        if part != "head":
+            parts[f"activations of {part}"] = min(size, activations)
+            activations -= min(size, activations)
+    parts[HEAD] = activations + _head_beyond_cpu(model, batch, compute_dtype(recipe.precision))
     parts["batches"] = micro_steps * batch_bytes(batch)
     return Footprint(parts, kept, flops)
 
@@ -126,17 +141,15 @@ def imaginary_world(size: int) -> Iterator[World]:
         leave_world()
 
 
-def shard(
-    model: MultimodalLM, options: OptimOptions, world: World, dtype: torch.dtype, fake: FakeTensorMode
-) -> torch.optim.Optimizer:
-    """Freeze, shard and give an optimizer with its state to a model on the meta device, as a run does."""
+def shard(model: MultimodalLM, recipe: Recipe, world: World, fake: FakeTensorMode) -> torch.optim.Optimizer:
+    """Shard a model on the meta device and give it an optimizer with its state, as a run does, but in fake memory."""
+    dtype = compute_dtype(recipe.precision)
     with fake:
         model.to_empty(device=world.device)
-    freeze(model, options)
-    parallelise(model, world, dtype)
-    optimizer = build_optimizer(model, options, dtype)
+    parallelise(model, world, dtype, replace(recipe.parallel, offload=False, compile=False))
+    optimizer = build_optimizer(model, recipe.optim, dtype)
     with fake:
-        materialise_state(optimizer, options)
+        materialise_state(optimizer, recipe.optim)
     return optimizer
 
 
@@ -231,7 +244,48 @@ class _ComputesIntegers(TorchDispatchMode):
             return func(*args, **kwargs)
 
 
-class _Tracker(MemTracker):
+@contextmanager
+def fused_norms() -> Iterator[None]:
+    """RMS norms take and keep the memory of CUDA's kernel; in 16 bits a CPU's keep their input twice in float32.
+
+    The function is replaced, because on CPUs it is taken apart before a dispatch mode sees it.
+    """
+    original, F.rms_norm = F.rms_norm, _fused_norm
+    try:
+        yield
+    finally:
+        F.rms_norm = original
+
+
+def _fused_norm(
+    input: Tensor, normalized_shape: list[int], weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    return _FusedNorm.apply(input, weight)
+
+
+class _FusedNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor | None) -> Tensor:
+        scale = hidden.new_empty(*hidden.shape[:-1], 1, dtype=torch.float32)
+        ctx.save_for_backward(hidden, weight, scale)
+        return torch.empty_like(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = zip(ctx.saved_tensors[:2], ctx.needs_input_grad, strict=True)
+        return tuple(torch.empty_like(tensor) if needed else None for tensor, needed in inputs)
+
+
+class _Peak(MemTracker):
+    """Keeps the peak of the whole only; the original looks at every module at every operator."""
+
+    def _update_peak_stats(self, peak_state: Any) -> None:
+        for device, now in self._curr_mem_snap.items():
+            if now["Total"] > self._peak_mem.get(device, 0):
+                self._peak_mem[device], self._peak_mem_snap[device] = now["Total"], dict(now)
+
+
+class _Tracker(_Peak):
     """Torch's tracker for a model without FSDP2; the original fails on frozen parameters, whose gradient it hooks."""
 
     def _track_module_params_and_buffers(self, module: nn.Module, install_grad_hooks: bool = True) -> tuple[int, int]:
@@ -239,66 +293,72 @@ class _Tracker(MemTracker):
         return super()._track_module_params_and_buffers(module, install_grad_hooks and trains)
 
 
+class _ShardedTracker(_Peak, FSDPMemTracker):
+    """Torch's tracker for a model with FSDP2."""
+
+
 def run_tracked(
     model: MultimodalLM, optimizer: torch.optim.Optimizer, batch: Batch, fake: FakeTensorMode
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """Forward and backward on fake tensors: (bytes by torch's categories at the peak, bytes kept by part)."""
+    """Forward and backward on fake tensors: (bytes at the peak by `TRACKED` and `ACTIVATIONS`, bytes kept by part)."""
     if isinstance(model, FSDPModule):
-        tracker: MemTracker = FSDPMemTracker(model, optimizer)
+        tracker: MemTracker = _ShardedTracker(model, optimizer)
     else:
         tracker = _Tracker()
         tracker.track_external(model, optimizer)
-    with ExitStack() as entered:
-        for mode in (fake, tracker, _ComputesIntegers()):
-            entered.enter_context(mode)
-        with kept_by_part(model) as kept:
+    with fused_norms(), fake, tracker, _ComputesIntegers():
+        with kept_by_part(model, lambda: _by_part(tracker.get_tracker_snapshot())[ACTIVATIONS]) as kept:
             loss = model(batch).total
         loss.backward()
-    (snapshot,) = tracker.get_tracker_snapshot("peak").values()
-    return {_category(key): size for key, size in snapshot.items()}, dict(kept)
+    return _by_part(tracker.get_tracker_snapshot("peak")), kept
 
 
-def _category(key: Any) -> str:
-    """Torch's name of a category, which is a member of an enumeration or the word Total."""
-    return str(getattr(key, "value", key)).rpartition(".")[2]
+def _by_part(snapshot: Mapping[torch.device, Mapping[Any, int]]) -> dict[str, int]:
+    """Bytes by `TRACKED`, and the rest as `ACTIVATIONS`, of a snapshot of the tracker."""
+    (tracked,) = snapshot.values()
+    # Keys are members of an enumeration, and the word Total.
+    sizes = {str(getattr(key, "value", key)): size for key, size in tracked.items()}
+    parts = {name: sum(sizes.get(key, 0) for key in keys) for name, keys in TRACKED.items()}
+    return parts | {ACTIVATIONS: sizes["Total"] - sum(parts.values())}
 
 
 @contextmanager
-def kept_by_part(model: MultimodalLM) -> Iterator[Counter[str]]:
-    """Counts the bytes that autograd keeps for the backward by the part of the model that runs: ``encoders.image``,
-    ``adapters.image``, …, ``decoder``. Every storage counts once, weights not at all."""
-    parts = {module: f"encoders.{name}" for name, module in model.encoders.items()}
-    parts |= {module: f"adapters.{name}" for name, module in model.adapters.items()}
-    parts[model.decoder] = "decoder"
-    kept: Counter[str] = Counter(dict.fromkeys(parts.values(), 0))
-    weights: dict[int, Any] = {}
-    seen: set[int] = set()
-    running: list[str] = []
+def kept_by_part(model: MultimodalLM, held: Callable[[], int]) -> Iterator[dict[str, int]]:
+    """What a forward keeps for its backward, by part of the model as in `Footprint.kept`; complete at the end.
 
-    def enter(module: nn.Module, _: Any) -> None:
-        if module in parts:
-            running.append(parts[module])
-        for parameter in module.parameters(recurse=False):
-            storage = parameter.untyped_storage()
-            weights[storage._cdata] = storage
+    A part keeps what is there after it has run and was not before. The embeddings, made between parts, are the
+    decoder's.
 
-    def leave(module: nn.Module, *_: Any) -> None:
-        if module in parts:
-            running.pop()
+    Args:
+        held: bytes of activations that there are now.
+    """
+    kept: dict[str, int] = {}
 
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if running and storage._cdata not in weights and storage._cdata not in seen:
-            seen.add(storage._cdata)
-            kept[running[-1]] += storage.nbytes()
-        return tensor
+    def enter(part: str) -> None:
+        kept[part] = -held()
 
+    def leave(part: str) -> None:
+        kept[part] += held()
+
+    parts = {f"encoders.{name}": module for name, module in model.encoders.items()}
+    parts |= {f"adapters.{name}": module for name, module in model.adapters.items()}
     with ExitStack() as hooks:
-        for module in model.modules():
-            hooks.callback(module.register_forward_pre_hook(enter).remove)
-            hooks.callback(module.register_forward_hook(leave).remove)
-        hooks.enter_context(saved_tensors_hooks(keep, lambda tensor: tensor))
+        for part, module in parts.items():
+            hooks.callback(module.register_forward_pre_hook(lambda *_, part=part: enter(part)).remove)
+            hooks.callback(module.register_forward_hook(lambda *_, part=part: leave(part)).remove)
+        rest = model.decoder.register_forward_hook(lambda *_: kept.update(decoder=held() - sum(kept.values())))
+        hooks.callback(rest.remove)
         yield kept
+        kept["head"] = held() - sum(kept.values())
+
+
+def _without_offloaded(parts: Mapping[str, int], sharded: bool) -> dict[str, int]:
+    """Parts without what `parallel.offload` keeps in the host's memory.
+
+    On one process in float32 nothing was sharded. FSDP2 would gather all weights there and keep them: as many bytes.
+    """
+    offloaded = ("gradients", "optimizer state", *(("parameters",) if sharded else ()))
+    return {name: 0 if name in offloaded else size for name, size in parts.items()}
 
 
 def _head_beyond_cpu(model: MultimodalLM, batch: Batch, dtype: torch.dtype) -> int:

@@ -31,7 +31,7 @@ from mm.train import checkpoint
 from mm.train.average import averaged
 from mm.train.checkpoint import Position
 from mm.train.dataset import PlannedData, check_division
-from mm.train.faults import Watchdog, samples_of
+from mm.train.faults import Watchdog, out_of_memory_explained, samples_of
 from mm.train.interrupts import Interrupts, Stopped, leave_to_the_run, seconds_of
 from mm.train.meter import JsonLines, Meter, Progress, TensorBoard, Writer, device_peak, training_factors
 from mm.train.optim import build_optimizer, freeze, materialise_state, restore_options, set_learning_rate
@@ -76,7 +76,7 @@ def train(recipe: Recipe) -> Path:
             checkpoint.check_architecture(resumed, build_model(here.model, meta=True))
         stages = open_stages(recipe, recipe.folder, position)
         first = next(stages)
-        with join_world() as world, saving(recipe, world) as saver:
+        with join_world() as world, saving(recipe, world) as saver, out_of_memory_explained(world):
             for stage in chain([first], stages):
                 if not stage.is_over or stage.number + 1 == len(recipe.stage_recipes()):
                     run(recipe, stage, world, saver, interrupts)
