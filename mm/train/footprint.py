@@ -204,8 +204,9 @@ def batch_bytes(batch: Batch) -> int:
 
 
 def on_device(batch: Batch, fake: FakeTensorMode) -> Batch:
-    """The batch with fake media; its integers, on which layouts and slots depend, stay what they are."""
+    """The batch with fake media and positions; its other integers, which layouts and slots need, stay what they are."""
     values: dict[str, Any] = {entry.name: getattr(batch, entry.name) for entry in fields(batch)}
+    values["positions"] = fake.from_tensor(batch.positions)
     values["media"] = {
         modality: Media(
             {name: fake.from_tensor(tensor) for name, tensor in media.inputs.items()},
