@@ -45,8 +45,7 @@ CASES: dict[tuple[int, str], tuple[str, ...]] = {
 """Changes to the recipe, by number of processes and name."""
 
 KEPT = [case for case, changes in CASES.items() if changes is not MUON and case != (2, "adamw")]
-"""In float32 norms keep on CPUs what they keep on GPUs. Gloo gathers shards in threads of its own, of which the profiler
-sees what they take and not what they free."""
+"""In float32 norms keep on CPUs what they keep on GPUs. Gloo frees what it gathers in threads that no profiler sees."""
 
 MEASURE = """
 import gc, json, sys

@@ -211,10 +211,11 @@ def report(recipe: Recipe, gpus: int, gpu: Gpu, mfu: float) -> Iterator[Renderab
 def memory_table(estimate: Estimate) -> Table:
     """Memory of the first GPU, by part, at the moment of a step at which it is largest."""
     packing, micro_batch = estimate.recipe.packing, estimate.recipe.micro_batch
+    device = "1 GPU" if estimate.gpus == 1 else f"each of {estimate.gpus} GPUs"
     packs = "pack" if micro_batch == 1 else "packs"
     table = Table(
         "at the peak of a step",
-        title=f"memory of each of {estimate.gpus} GPUs, {micro_batch} {packs} of {packing.capacity:,} tokens at once",
+        title=f"{device}, {micro_batch} {packs} of {packing.capacity:,} tokens at once",
         title_justify="left",
     )
     table.add_column("GiB", justify="right")
