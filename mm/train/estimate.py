@@ -243,7 +243,7 @@ def run_table(estimate: Estimate, mfu: float) -> Table:
     tokens = packing.packs_per_batch * packing.capacity
     table.add_row("tokens a second and GPU", f"{tokens / seconds / estimate.gpus:,.0f}")
     hours = seconds * estimate.gpus / 3600
-    table.add_row("GPU hours for a billion tokens", f"{hours * 1e9 / tokens:,.0f}")
+    table.add_row("GPU hours for a billion tokens", f"{hours * 1e9 / tokens:,.1f}")
     if recipe.steps is not None:
         table.add_row(f"GPU hours of {recipe.steps:,} steps", f"{hours * recipe.steps:,.3g}")
     return table
