@@ -7,7 +7,7 @@ tokens ───────────────embed───────�
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -39,10 +39,11 @@ class SlotMismatch(RuntimeError):
 
 @dataclass
 class DecoderOptions:
-    """Where the language model comes from: a checkpoint, or sizes to train from scratch.
+    """Where the language model comes from: a checkpoint, sizes to train from scratch, or both.
 
     pretrained: hub name, folder with safetensors, `.gguf` file, or ``package://PACKAGE/FILE``
-    config: fields of `DecoderConfig`
+    config: fields of `DecoderConfig`. Given beside a checkpoint they save asking the hub for its sizes while planning;
+        the checkpoint must have them
     attention: backend of `mm.layers.attention.attend`
     """
 
@@ -52,11 +53,28 @@ class DecoderOptions:
 
     def resolve(self) -> DecoderConfig:
         """The sizes of the decoder, without reading weights."""
-        if (self.pretrained is None) == (self.config is None):
-            raise RecipeError("model.decoder needs exactly one of `pretrained` (a checkpoint) and `config` (sizes)")
-        if self.pretrained is not None:
-            return read_decoder_config(self.pretrained)
-        return build({"_target_": "mm.model.decoder.DecoderConfig", **(self.config or {})}, DecoderConfig)
+        if self.config is not None:
+            return build({"_target_": "mm.model.decoder.DecoderConfig", **self.config}, DecoderConfig)
+        if self.pretrained is None:
+            raise RecipeError("model.decoder needs `pretrained` (a checkpoint), `config` (sizes), or both")
+        return read_decoder_config(self.pretrained)
+
+    def load(self) -> Decoder:
+        """The decoder of the checkpoint.
+
+        Raises:
+            RecipeError: it has other sizes than `config` says.
+        """
+        assert self.pretrained is not None
+        promised, decoder = self.resolve(), load_decoder(self.pretrained)
+        for entry in fields(DecoderConfig):
+            found, expected = getattr(decoder.config, entry.name), getattr(promised, entry.name)
+            if found != expected:
+                raise RecipeError(
+                    f"model.decoder.config.{entry.name} is {expected} and {self.pretrained} has {found}; "
+                    "correct the recipe, or leave `config` out to take what the checkpoint has"
+                )
+        return decoder
 
 
 @dataclass
@@ -178,10 +196,7 @@ def build_model(options: ModelOptions, *, meta: bool = False) -> MultimodalLM:
     encoders = {}
     with torch.device("meta" if meta else "cpu"):
         config = options.decoder.resolve()
-        if meta or options.decoder.pretrained is None:
-            decoder = Decoder(config)
-        else:
-            decoder = load_decoder(options.decoder.pretrained)
+        decoder = Decoder(config) if meta or options.decoder.pretrained is None else options.decoder.load()
         decoder.attention_backend = options.decoder.attention
         for name, spec in options.encoders.items():
             encoders[_modality(name)] = _build_encoder(name, spec, config.width)

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock
 
+from mm.configure import RecipeError
 from mm.data.index import SplitSamples, fetch_rows_ahead
 from mm.layers.layout import WHOLE, Share
 from mm.packing.balance import deal
@@ -168,7 +169,7 @@ def check_division(packing: PackingOptions, world: int, micro_batch: int) -> Non
     packs = packing.packs_per_batch
     if packs % (world * micro_batch):
         worlds = [size for size in range(1, packs + 1) if packs % (size * micro_batch) == 0]
-        raise ValueError(
+        raise RecipeError(
             f"a global batch of {packs} packs does not divide among {world} processes with micro_batch {micro_batch}; "
             f"it does among {', '.join(map(str, worlds)) or 'none: lower micro_batch'}, or change packing.batch"
         )

@@ -2,6 +2,7 @@
 
 step done ──▶ Watchdog.feed() ──… nothing for `watchdog` minutes …──▶ stacks of all threads: terminal, RUN/stacks/
 gradient not finite ──▶ the step and its samples in ledger.jsonl
+a GPU's memory runs out ──▶ what to ask `mm estimate`
 """
 
 from __future__ import annotations
@@ -9,14 +10,18 @@ from __future__ import annotations
 import faulthandler
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import torch
 from torch import Tensor
 
 from mm.train.dataset import PlannedData
+from mm.train.parallel import World
+from mm.train.stages import RunError
 
 
 class Watchdog:
@@ -70,3 +75,19 @@ def samples_of(rows: Iterable[Tensor], data: PlannedData) -> list[str]:
         for source, shard, row in of_batch.tolist()
         if source >= 0
     ]
+
+
+@contextmanager
+def out_of_memory_explained(world: World) -> Iterator[None]:
+    """Where a GPU's memory runs out, say what shows what takes it.
+
+    Raises:
+        RunError: in place of torch's error, whose first sentences it repeats.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise RunError(
+            f"{error}\n`mm estimate RECIPE --gpus {world.size} --gpu NAME` shows what takes the memory, the largest "
+            "micro_batch that fits, and what each change would save: parallel.activations, packing.limits, …"
+        ) from error

@@ -32,7 +32,7 @@ from mm.train import checkpoint
 from mm.train.average import averaged
 from mm.train.checkpoint import Position
 from mm.train.dataset import PlannedData, check_division
-from mm.train.faults import Watchdog, samples_of
+from mm.train.faults import Watchdog, out_of_memory_explained, samples_of
 from mm.train.guard import Guard, GuardOptions, Spike
 from mm.train.interrupts import Interrupts, Stopped, leave_to_the_run, seconds_of
 from mm.train.meter import JsonLines, Meter, Progress, TensorBoard, Writer, device_peak, training_factors
@@ -80,7 +80,7 @@ def train(recipe: Recipe) -> Path:
             check_architecture(resumed, recipe)
         stages = stages_from(resumed, recipe)
         stages = chain([next(stages)], stages)  # the first is planned before processes meet
-        with join_world() as world, saving(recipe, world) as saver:
+        with join_world() as world, saving(recipe, world) as saver, out_of_memory_explained(world):
             outcome: Outcome = "ended"
             while outcome != "stopped" and (stage := next(stages, None)):
                 if stage.is_over and stage.number + 1 < len(recipe.stage_recipes()):

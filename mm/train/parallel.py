@@ -194,7 +194,8 @@ def parallelise(model: MultimodalLM, world: World, dtype: torch.dtype, options: 
         compile_blocks(blocks)
     checkpoint_blocks(blocks, options.activations)
     if world.size == 1 and dtype == torch.float32 and not options.offload:
-        model.to(world.device)
+        if world.device.type != "cpu":  # where models are built; `to` fails on fake tensors, even if nothing moves
+            model.to(world.device)
         return
     mesh = build_mesh(world, options.replicate)
     offload = CPUOffloadPolicy() if options.offload else OffloadPolicy()
