@@ -31,19 +31,12 @@ from mm.train import checkpoint
 from mm.train.average import averaged
 from mm.train.checkpoint import Position
 from mm.train.dataset import PlannedData, check_division
+from mm.train.engine import build_engine, check_engine
 from mm.train.faults import Watchdog, samples_of
 from mm.train.interrupts import Interrupts, Stopped, leave_to_the_run, seconds_of
 from mm.train.meter import JsonLines, Meter, Progress, TensorBoard, Writer, device_peak, training_factors
-from mm.train.optim import build_optimizer, freeze, materialise_state, restore_options, set_learning_rate
-from mm.train.parallel import (
-    Engine,
-    World,
-    check_parallel,
-    join_world,
-    local_world,
-    parallelise,
-    resolve_precision,
-)
+from mm.train.optim import freeze, set_learning_rate
+from mm.train.parallel import World, join_world, local_world, resolve_precision
 from mm.train.parts import trained_parts
 from mm.train.recipe import Recipe
 from mm.train.saving import Saver, saving
@@ -66,7 +59,7 @@ def train(recipe: Recipe) -> Path:
     interrupts = Interrupts(seconds_of(recipe.time_limit) if recipe.time_limit else None)
     for chosen in recipe.stage_recipes():
         check_division(chosen.packing, local_world()[1], chosen.micro_batch)
-        check_parallel(chosen.parallel, local_world()[1])
+        check_engine(chosen.parallel, chosen.optim, local_world()[1])
     torch.manual_seed(recipe.seed)
     with locked(recipe.folder):
         resumed = checkpoint.latest(recipe.folder / "checkpoints")
@@ -98,7 +91,7 @@ def run(whole: Recipe, stage: Stage, world: World, saver: Saver, interrupts: Int
     dtype = resolve_precision(recipe.precision, world.device)
     resumed = saver.last
 
-    model = build_model(recipe.model, meta=not world.is_first).train()  # `parallelise` gives the others their weights
+    model = build_model(recipe.model, meta=not world.is_first).train()  # `build_engine` gives the others their weights
     if world.is_first and not resumed:
         if recipe.init_from:
             checkpoint.load_weights(checkpoint.find(recipe.init_from), model)
@@ -107,18 +100,15 @@ def run(whole: Recipe, stage: Stage, world: World, saver: Saver, interrupts: Int
             warm_start(model.to(world.device), batches, data.blueprint.processor.text.end, recipe.warm_start.penalty)
     freeze(model, recipe.optim)
     factors = training_factors(trained_parts(model))
-    parallelise(model, world, dtype, recipe.parallel)
-    optimizer = build_optimizer(model, recipe.optim, dtype)
-    materialise_state(optimizer, recipe.optim)
-    engine = Engine(model, optimizer, world, recipe.optim.clip)
-    saver.prepare(model, optimizer)
+    engine = build_engine(model, world, dtype, recipe.parallel, recipe.optim, resumed)
+    optimizer = engine.optimizer
+    saver.prepare(engine)
 
     position, total = stage.position, stage.end
     if resumed:
         saved = checkpoint.read_position(resumed)
         begins = len(saved.finished) < stage.number
-        checkpoint.load(resumed, model, optimizer, next_stage=begins)
-        restore_options(optimizer, model, recipe.optim)
+        checkpoint.load(resumed, engine, next_stage=begins)
         if begins:
             position = replace(position, tokens=saved.tokens)
         else:
@@ -148,7 +138,7 @@ def run(whole: Recipe, stage: Stage, world: World, saver: Saver, interrupts: Int
             set_learning_rate(optimizer, factor)
 
             for batch in micro_batches:
-                loss, parts = objective.loss(model, batch, denominators, data.names)
+                loss, parts = objective.loss(engine.model, batch, denominators, data.names)
                 engine.backward(loss)
                 meter.add_losses(parts)
                 meter.add_batch(batch.real_tokens, len(batch.packs[1:]) * recipe.packing.capacity, model.flops(batch))
@@ -187,7 +177,7 @@ def run(whole: Recipe, stage: Stage, world: World, saver: Saver, interrupts: Int
                 with meter.paused():
                     packs = stage.packs_at(done)
                     here = replace(position, step=done, packs=packs, tokens=meter.tokens)
-                    saver.save(model, optimizer, here)
+                    saver.save(engine, here)
             if stop:
                 interrupts.stopped = True
                 break

@@ -11,17 +11,18 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import chain
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -31,8 +32,12 @@ from torch.utils import swap_tensors
 from mm.configure import RecipeError
 from mm.model.multimodal import MultimodalLM
 from mm.train.activation import Activations, checkpoint_blocks
+from mm.train.optim import OptimOptions, clip_gradients, restore_options
 
 Precision = Literal["auto", "fp32", "bf16"]
+
+BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
+"""Optimizer state by parameter name, so that other parameter groups can load it."""
 
 
 class MissingProcess(RuntimeError):
@@ -43,15 +48,20 @@ class MissingProcess(RuntimeError):
 class ParallelOptions:
     """`parallel:` of a recipe, see docs/parallel.md.
 
+    engine: what shards and updates: fsdp2, or deepspeed, see `mm.train.zero`
+    zero: stage of deepspeed: 1 shards optimizer state over the processes, 2 gradients too, 3 weights too
     replicate: groups of processes that each hold the whole model once, sharded within the group (HSDP). 1 shards it
         over all processes
     reshard_after_forward: let go of a block's gathered weights after its forward and gather them again for its
         backward: `always`; `never`; `default`, for all but what the backward begins with
-    offload: keep weights, gradients and optimizer state in the host's memory and update there
+    offload: keep weights, gradients and optimizer state in the host's memory and update there; deepspeed leaves the
+        weights that compute where they are
     activations: what blocks keep for their backward, see `mm.train.activation`
     compile: compile the blocks; packs are padded to their capacity so that shapes stay the same
     """
 
+    engine: Literal["fsdp2", "deepspeed"] = "fsdp2"
+    zero: int = 3
     replicate: int = 1
     reshard_after_forward: Literal["default", "always", "never"] = "default"
     offload: bool = False
@@ -61,6 +71,13 @@ class ParallelOptions:
     def __post_init__(self) -> None:
         if self.replicate < 1:
             raise RecipeError(f"parallel.replicate is {self.replicate}; it counts copies of the model: at least 1")
+        if self.zero not in (1, 2, 3):
+            raise RecipeError(f"parallel.zero is {self.zero}; ZeRO has the stages 1, 2 and 3")
+        if self.zero != 3 and self.engine != "deepspeed":
+            raise RecipeError(
+                f"parallel.zero is {self.zero}, and {self.engine} shards everything; add `engine: deepspeed` or leave "
+                "it out"
+            )
 
 
 def check_parallel(options: ParallelOptions, processes: int) -> None:
@@ -71,7 +88,7 @@ def check_parallel(options: ParallelOptions, processes: int) -> None:
             f"parallel.replicate is {options.replicate}, and {processes} processes do not divide into so many equal "
             f"groups; they do into {fitting}"
         )
-    if options.offload and not torch.cuda.is_available():
+    if options.offload and options.engine == "fsdp2" and not torch.cuda.is_available():
         raise RecipeError(
             "parallel.offload moves weights out of a GPU's memory, and there is no GPU here: they are in the host's "
             "memory already. Leave it out"
@@ -177,7 +194,7 @@ def parallelise(model: MultimodalLM, world: World, dtype: torch.dtype, options: 
     offload = CPUOffloadPolicy() if options.offload else OffloadPolicy()
 
     def shard(module: nn.Module, policy: MixedPrecisionPolicy, reshard: bool) -> None:
-        receive(module, world)
+        receive(chain(module.parameters(), module.buffers()), world)
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, offload_policy=offload)
 
     # BatchNorm's statistics are float32 and its kernels take no 16-bit parameters beside them, so it computes in
@@ -205,13 +222,13 @@ def build_mesh(world: World, replicate: int) -> DeviceMesh:
 
 
 @torch.no_grad()
-def receive(module: nn.Module, world: World) -> None:
-    """Put the first process's parameters and buffers into a module, in place, on the device.
+def receive(tensors: Iterable[Tensor], world: World) -> None:
+    """Put the first process's values into parameters and buffers, in place, on the device.
 
     What is sharded already is passed over. Drawing weights anew on every process would need as much memory as this
     process wants to save: initialisation draws for whole modules, one after another.
     """
-    for tensor in chain(module.parameters(), module.buffers()):
+    for tensor in tensors:
         if isinstance(tensor, DTensor):
             continue
         if tensor.is_meta:
@@ -239,12 +256,14 @@ class Engine:
 
     FSDP2 averages gradients over the processes; the loss of a process is its share of a global sum, so it is multiplied
     by their number first.
+
+    model: what is called in training
     """
 
-    model: nn.Module
+    model: Any
     optimizer: torch.optim.Optimizer
     world: World
-    clip: float
+    options: OptimOptions
 
     def backward(self, loss: Tensor) -> None:
         if loss.requires_grad:
@@ -255,12 +274,31 @@ class Engine:
 
         A step with a non-finite gradient changes nothing.
         """
-        from mm.train.optim import clip_gradients
-
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        norm = float(clip_gradients(parameters, self.clip))
+        norm = float(clip_gradients(parameters, self.options.clip))
         finite = norm == norm and norm not in (float("inf"), float("-inf"))
         if finite:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm, finite
+
+    def state_dict(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Weights and optimizer state by name, as checkpoints hold them; all processes ask for it together.
+
+        Tensors are float32, those of parameters and moments sharded by rows.
+        """
+        return get_state_dict(self.model, self.optimizer, options=BY_NAME)  # type: ignore[return-value]
+
+    def load_state_dict(self, weights: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave, here, on other processes or by another engine.
+
+        Options of the optimizer are the recipe's and not those of the saved run.
+        """
+        set_state_dict(
+            self.model,
+            self.optimizer,
+            model_state_dict=dict(weights),
+            optim_state_dict=dict(state),
+            options=BY_NAME,
+        )
+        restore_options(self.optimizer, self.model, self.options)
