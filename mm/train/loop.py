@@ -183,6 +183,7 @@ def run(whole: Recipe, stage: Stage, world: World, saver: Saver, interrupts: Int
                 break
         if saver.wait() is None:
             raise RunError(f"nothing to do: {folder} asks for {total} steps")
+    engine.close()
 
 
 def due(every: int, step: int, total: int) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -126,13 +127,17 @@ def local_world() -> tuple[int, int]:
 
 
 def leave_world() -> None:
-    """Destroy the process group, and what still holds it.
+    """Destroy the process group, and what still holds it. DeepSpeed keeps groups of its own and forgets them with it.
 
     A sharded model is a cycle of references and holds the group. Threads of gloo that outlive the interpreter take it
     down with SIGABRT ("terminate called without an active exception") after correct work: torchrun reports a failure.
     """
     gc.collect()
-    dist.destroy_process_group()
+    deepspeed = sys.modules.get("deepspeed.comm")
+    if deepspeed is not None and deepspeed.is_initialized():
+        deepspeed.destroy_process_group()
+    else:
+        dist.destroy_process_group()
 
 
 @contextmanager
@@ -302,3 +307,6 @@ class Engine:
             options=BY_NAME,
         )
         restore_options(self.optimizer, self.model, self.options)
+
+    def close(self) -> None:
+        """Let go of what would keep the model in memory beyond its stage."""

@@ -109,7 +109,7 @@ class ZeroEngine(Engine):
     def load_weights(self, weights: Mapping[str, Any]) -> None:
         """Put float32 weights, and buffers, into the partitions and into what computes."""
         from deepspeed.utils import safe_set_full_fp32_param
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         for name, parameter in self.model.module.named_parameters():
             whole = weights[name].full_tensor().to(self.world.device)
@@ -122,6 +122,12 @@ class ZeroEngine(Engine):
         for name, buffer in self.model.module.named_buffers():
             if name in weights:
                 buffer.copy_(weights[name])
+
+    def close(self) -> None:
+        from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
+        self.model.destroy()
+        FWD_MODULE_STACK.clear()  # its first entry is the model
 
 
 def zero_engine(
@@ -214,6 +220,7 @@ def _import_deepspeed(world: World) -> Any:
     os.environ.setdefault("LOCAL_RANK", "0")
     import deepspeed
 
+    vars(deepspeed.ops)["__compatible_ops__"] = {}  # it would compile collectives for CPUs, for minutes
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     deepspeed.init_distributed(auto_mpi_discovery=False)
     return deepspeed
@@ -251,7 +258,7 @@ def _gather_by_unit(model: MultimodalLM) -> None:
     By itself it gathers what is a module's own when that module is called. Weights that others read (a tied head,
     position embeddings) would have to be found out, anew in every part of the model that only some batches use.
     """
-    from deepspeed.zero import register_external_parameter
+    from deepspeed.runtime.zero import register_external_parameter
 
     blocks = model.blocks()
     in_blocks = {parameter for block in blocks for parameter in block.parameters()}
