@@ -108,8 +108,8 @@ class ZeroEngine(Engine):
     @torch.no_grad()
     def load_weights(self, weights: Mapping[str, Any]) -> None:
         """Put float32 weights, and buffers, into the partitions and into what computes."""
-        from deepspeed.utils import safe_set_full_fp32_param
         from deepspeed.runtime.zero import GatheredParameters
+        from deepspeed.utils import safe_set_full_fp32_param
 
         for name, parameter in self.model.module.named_parameters():
             whole = weights[name].full_tensor().to(self.world.device)
