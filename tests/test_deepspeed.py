@@ -279,12 +279,17 @@ def test_checkpoints_are_listed_and_verified(together: dict[str, Path]) -> None:
 
 def test_a_stage_that_trains_more_goes_on_as_with_fsdp2(recipe: Path, tmp_path: Path) -> None:
     """What begins to train has had no update where the rest has had some: AdamW corrects its bias by their number."""
-    stages = "stages=[{steps: 5, optim: {parts: [{match: ^decoder, freeze: true}]}}, {steps: 5}]"
-    runs = [
-        train_here(recipe, f"run={tmp_path / name}", "steps=null", stages, *changes)
-        for name, changes in (("fsdp2", ()), ("zero", zero(3)))
-    ]
-    assert losses(runs[1]) == pytest.approx(losses(runs[0]), rel=1e-5)
+    stages = "stages=[{steps: 5, optim: {parts: [{match: ^decoder, freeze: true}]}}, {steps: 5%s}]"
+    fsdp2, deepspeed, both = (
+        train_here(recipe, f"run={tmp_path / name}", "steps=null", stages % second, *changes)
+        for name, second, changes in (
+            ("fsdp2", "", ()),
+            ("deepspeed", "", zero(3)),
+            ("both", ", parallel: {engine: deepspeed}", ()),
+        )
+    )
+    assert losses(deepspeed) == pytest.approx(losses(fsdp2), rel=1e-5)
+    assert losses(both) == pytest.approx(losses(fsdp2), rel=1e-5)
 
 
 @pytest.mark.parametrize("stage", STAGES)
