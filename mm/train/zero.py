@@ -15,6 +15,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -85,38 +86,33 @@ class ZeroEngine(Engine):
 
     @torch.no_grad()
     def state_dict(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
+        zero = _library().utils
         weights: dict[str, Any] = dict(self.model.module.state_dict()) | dict(self.frozen)
         state: dict[str, Any] = {}
         for name, (parameter, group) in self.trained.items():
-            weights[name] = _rows(safe_get_full_fp32_param(parameter), self.mesh)
+            weights[name] = _rows(zero.safe_get_full_fp32_param(parameter), self.mesh)
             state[f"state.{name}.step"] = torch.tensor(float(group["updates"]))
             for key in MOMENTS:
-                state[f"state.{name}.{key}"] = _rows(safe_get_full_optimizer_state(parameter, key), self.mesh)
+                state[f"state.{name}.{key}"] = _rows(zero.safe_get_full_optimizer_state(parameter, key), self.mesh)
         return weights, state
 
     def load_state_dict(self, weights: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-        from deepspeed.utils import safe_set_full_optimizer_state
-
         self.load_weights(weights)
         for name, (parameter, _) in self.trained.items():
             for key in MOMENTS:
                 whole = state[f"state.{name}.{key}"].full_tensor()
-                safe_set_full_optimizer_state(parameter, whole.to(self.world.device), key)
+                _library().utils.safe_set_full_optimizer_state(parameter, whole.to(self.world.device), key)
 
     @torch.no_grad()
     def load_weights(self, weights: Mapping[str, Any]) -> None:
         """Put float32 weights, and buffers, into the partitions and into what computes."""
-        from deepspeed.runtime.zero import GatheredParameters
-        from deepspeed.utils import safe_set_full_fp32_param
-
+        deepspeed = _library()
         for name, parameter in self.model.module.named_parameters():
             whole = weights[name].full_tensor().to(self.world.device)
-            with GatheredParameters(parameter, modifier_rank=0):
+            with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):
                 parameter.data.copy_(whole)
             if name in self.trained:
-                safe_set_full_fp32_param(parameter, whole)
+                deepspeed.utils.safe_set_full_fp32_param(parameter, whole)
             else:
                 self.frozen[name].to_local().copy_(weights[name].to_local())
         for name, buffer in self.model.module.named_buffers():
@@ -124,10 +120,8 @@ class ZeroEngine(Engine):
                 buffer.copy_(weights[name])
 
     def close(self) -> None:
-        from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
-
         self.model.destroy()
-        FWD_MODULE_STACK.clear()  # its first entry is the model
+        _library().runtime.zero.parameter_offload.FWD_MODULE_STACK.clear()  # its first entry is the model
 
 
 def zero_engine(
@@ -146,7 +140,7 @@ def zero_engine(
             and a flat partition has one count, so parameters with other counts get groups of their own.
     """
     _check_precision(model, dtype, options)
-    deepspeed = _import_deepspeed(world)
+    deepspeed = _start(world)
     checkpoint_blocks(model.blocks(), options.activations)
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = list(_split(parameter_groups(model, optim), names, updates))
@@ -154,11 +148,11 @@ def zero_engine(
     config = zero_config(options, dtype, optim.clip, world)
 
     mesh = init_device_mesh("cpu", (world.size,))
-    rows: dict[str, DTensor] = {}
+    waiting, rows = dict(names), {}
     for unit in (*model.blocks(), model):
-        fresh = {names[parameter]: parameter for parameter in unit.parameters() if names[parameter] not in rows}
-        receive(fresh.values(), world)
-        for name, parameter in fresh.items():
+        own = {parameter: waiting.pop(parameter) for parameter in unit.parameters() if parameter in waiting}
+        receive(own, world)
+        for parameter, name in own.items():
             if dtype != torch.float32 or name not in trained:
                 rows[name] = _rows(parameter.detach(), mesh)
             parameter.data = parameter.data.to(dtype)
@@ -168,7 +162,7 @@ def zero_engine(
 
     optimizer = torch.optim.AdamW(groups, fused=True)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    _materialise(engine.optimizer, optimizer)
+    _materialise(engine.optimizer, optimizer, options.zero)
     if options.zero == 3:
         _gather_by_unit(model)
     frozen = {name: tensor for name, tensor in rows.items() if name not in trained}
@@ -214,12 +208,16 @@ def _check_precision(model: MultimodalLM, dtype: torch.dtype, options: ParallelO
         )
 
 
-def _import_deepspeed(world: World) -> Any:
+def _library() -> Any:
+    """deepspeed, which is an extra and takes seconds to import."""
+    return import_module("deepspeed")
+
+
+def _start(world: World) -> Any:
     """The library, told of the device and of a process that no launcher started, and to log warnings only."""
     os.environ.setdefault("DS_ACCELERATOR", world.device.type)
     os.environ.setdefault("LOCAL_RANK", "0")
-    import deepspeed
-
+    deepspeed = _library()
     vars(deepspeed.ops)["__compatible_ops__"] = {}  # it would compile collectives for CPUs, for minutes
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     deepspeed.init_distributed(auto_mpi_discovery=False)
@@ -238,18 +236,19 @@ def _split(
             yield group | {"params": parameters, "updates": count}
 
 
-def _materialise(zero: Any, optimizer: torch.optim.Optimizer) -> None:
+def _materialise(zero: Any, optimizer: torch.optim.Optimizer, stage: int) -> None:
     """Create the moments of every flat partition, which DeepSpeed leaves to the first update."""
     groups = optimizer.param_groups
-    if hasattr(zero, "sub_group_to_group_id"):  # stage 3
-        flat = {part: groups[zero.sub_group_to_group_id[i]] for i, part in enumerate(zero.fp32_partitioned_groups_flat)}
+    if stage == 3:
+        partitions = zero.fp32_partitioned_groups_flat  # of a group there may be several
+        groups = [groups[zero.sub_group_to_group_id[number]] for number in range(len(partitions))]
     else:
-        flat = dict(zip(zero.single_partition_of_fp32_groups, groups, strict=True))
-    for part, group in flat.items():
-        optimizer.state[part] |= fresh_state(part, group)
-        optimizer.state[part]["step"].fill_(group["updates"])
-    if not hasattr(zero, "sub_group_to_group_id"):
-        zero._lazy_init_hp_params_optimizer_state()
+        partitions = zero.single_partition_of_fp32_groups
+    for partition, group in zip(partitions, groups, strict=True):
+        optimizer.state[partition] |= fresh_state(partition, group)
+        optimizer.state[partition]["step"].fill_(group["updates"])
+    if stage != 3:
+        zero._lazy_init_hp_params_optimizer_state()  # shows each parameter its part of them, as the first update would
 
 
 def _gather_by_unit(model: MultimodalLM) -> None:
@@ -258,16 +257,15 @@ def _gather_by_unit(model: MultimodalLM) -> None:
     By itself it gathers what is a module's own when that module is called. Weights that others read (a tied head,
     position embeddings) would have to be found out, anew in every part of the model that only some batches use.
     """
-    from deepspeed.runtime.zero import register_external_parameter
-
+    register = _library().zero.register_external_parameter
     blocks = model.blocks()
     in_blocks = {parameter for block in blocks for parameter in block.parameters()}
     for block in blocks:
         for parameter in block.parameters():
-            register_external_parameter(block, parameter)
+            register(block, parameter)
     for parameter in model.parameters():
         if parameter not in in_blocks:
-            register_external_parameter(model, parameter)
+            register(model, parameter)
 
 
 def _rows(whole: Tensor, mesh: DeviceMesh) -> DTensor:
