@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+from mm.train.clock import PHASES
 from mm.train.meter import PARTS
 from mm.train.recipe import Recipe
 
@@ -30,7 +31,8 @@ class Stage:
 class Throughput(NamedTuple):
     """Means over a run, weighted by time; validation and saving are left out.
 
-    seconds: in steps; tokens_per_second: real tokens; fill: real of all; data_wait: share of the time
+    seconds: in steps; tokens_per_second: real tokens; fill: real of all
+    time: shares of the seconds by phase, see `mm.train.clock`
     flops_per_second: of all processes; flops: shares by part
     share_of_peak: and whether that peak is a data sheet's (``mfu``) or was measured (``mfu_of_measured``)
     """
@@ -38,7 +40,7 @@ class Throughput(NamedTuple):
     seconds: float
     tokens_per_second: float
     fill: float
-    data_wait: float
+    time: dict[str, float]
     flops_per_second: float
     flops: dict[str, float]
     share_of_peak: tuple[str, float] | None
@@ -115,7 +117,7 @@ class History:
             seconds=sum(seconds),
             tokens_per_second=sum(real) / total,
             fill=sum(real) / slots if slots else 0.0,
-            data_wait=over_time("data_wait"),
+            time={phase: spent for phase in (*PHASES, "rest") if (spent := over_time(f"time/{phase}"))},
             flops_per_second=sum(flops) / total,
             flops={part: done / sum(flops) for part, done in parts.items() if done},
             share_of_peak=(share, over_time(share)) if share else None,

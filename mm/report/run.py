@@ -125,7 +125,7 @@ def _facts(histories: Sequence[History]) -> dict[str, list[str]]:
         "Time in steps": [duration(rate.seconds) for rate in rates],
         "Tokens per second": [f"{rate.tokens_per_second:,.0f}" for rate in rates],
         "Fill of the packs": [percent(rate.fill) for rate in rates],
-        "Time waiting for data": [percent(rate.data_wait) for rate in rates],
+        "Time waiting for data": [percent(rate.time.get("data", 0.0)) for rate in rates],
         "FLOP/s": [short(rate.flops_per_second) for rate in rates],
     }
     for name, label in (("mfu", "MFU (of the data sheet)"), ("mfu_of_measured", "Share of a measured product")):
