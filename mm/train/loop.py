@@ -30,6 +30,7 @@ from mm.sample import Modality
 from mm.train import checkpoint
 from mm.train.average import averaged
 from mm.train.checkpoint import Position
+from mm.train.clock import clock_of
 from mm.train.dataset import PlannedData, check_division
 from mm.train.faults import Watchdog, samples_of
 from mm.train.interrupts import Interrupts, Stopped, leave_to_the_run, seconds_of
@@ -125,7 +126,8 @@ def run(whole: Recipe, stage: Stage, world: World, saver: Saver, interrupts: Int
             check_plan(position, data, resumed)
     batches = load_batches(recipe, world, data, position, total)
     micro_steps = recipe.packing.packs_per_batch // (world.size * recipe.micro_batch)
-    meter = Meter(loss_names(data), factors, device_peak(world.device, dtype), world.sum, position.tokens)
+    peak, clock = device_peak(world.device, dtype), clock_of(world.device)
+    meter = Meter(loss_names(data), factors, peak, world.sum, position.tokens, clock)
     ledger = Ledger(folder, recipe.data.max_broken)
     seen = Seen(folder / "seen", world, position.step + 1)
     skipped = 0
@@ -136,11 +138,12 @@ def run(whole: Recipe, stage: Stage, world: World, saver: Saver, interrupts: Int
         Watchdog(folder, world.rank, recipe.watchdog) as watchdog,
     ):
         for step in range(position.step, total):
-            with meter.waiting():
+            with meter.timed("data"):
                 micro_batches = [batch.to(world.device) for batch in islice(batches, micro_steps)]
             weights = objective.weights(micro_batches)
             votes = (saver.failed, *interrupts.votes(saver.reserve))
-            *sums, failed, stop, save = world.sum([*weights.values(), *map(float, votes)])
+            with meter.timed("sync"):
+                *sums, failed, stop, save = world.sum([*weights.values(), *map(float, votes)])
             denominators = dict(zip(weights, sums, strict=True))
             if failed:
                 saver.wait()
@@ -148,12 +151,15 @@ def run(whole: Recipe, stage: Stage, world: World, saver: Saver, interrupts: Int
             set_learning_rate(optimizer, factor)
 
             for batch in micro_batches:
-                loss, parts = objective.loss(model, batch, denominators, data.names)
-                engine.backward(loss)
+                with meter.timed("forward"):
+                    loss, parts = objective.loss(model, batch, denominators, data.names)
+                with meter.timed("backward"):
+                    engine.backward(loss)
                 meter.add_losses(parts)
                 meter.add_batch(batch.real_tokens, len(batch.packs[1:]) * recipe.packing.capacity, model.flops(batch))
                 ledger.add(batch)
-            norm, finite = engine.step()
+            with meter.timed("optimizer"):
+                norm, finite = engine.step()
             meter.end_step(norm, recipe.optim.lr * factor)
             seen.add(step + 1, micro_batches)
             skipped = 0 if finite else skipped + 1
