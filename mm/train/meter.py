@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from mm.train.clock import PHASES, Clock, HostClock, Phase
+from mm.train.memory import Memory
 
 # ----------------------------------------------------------------------------------------------------------- FLOPs
 
@@ -128,6 +129,8 @@ class Meter:
         reduce: sums a list of numbers over all processes, such as `World.sum`; one process needs none.
         tokens: real tokens that all processes together have seen so far, from the checkpoint of a resumed run.
         clock: tells the time of phases, see `mm.train.clock`.
+        memory: of this process; None leaves memory out.
+        largest: takes the largest of each number over all processes, such as `World.max`.
     """
 
     def __init__(
@@ -138,6 +141,8 @@ class Meter:
         reduce: Callable[[list[float]], list[float]] = list,
         tokens: int = 0,
         clock: Clock | None = None,
+        memory: Memory | None = None,
+        largest: Callable[[list[float]], list[float]] = list,
     ) -> None:
         self.tokens = tokens
         self._clock = clock or HostClock()
@@ -145,6 +150,8 @@ class Meter:
         self._factors = dict(factors)
         self._peak = peak
         self._reduce = reduce
+        self._memory = memory
+        self._largest = largest
         self._reset()
 
     def _reset(self) -> None:
@@ -202,6 +209,8 @@ class Meter:
         ``seconds_per_step``; ``time/PHASE`` and ``time/rest`` shares of them, mean over processes, see `mm.train.clock`
         ``flops_per_second`` of all processes; ``mfu`` or ``mfu_of_measured`` share of the peak (see `device_peak`)
         ``flops/PART`` shares of the FLOPs
+        ``memory/peak`` bytes, of the process that has needed most; of them ``memory/parameters``, ``memory/gradients``
+        and ``memory/optimizer``, and ``memory/rest``: activations and workspace, on a CPU all of Python too
 
         Raises:
             ValueError: no step was counted.
@@ -226,8 +235,21 @@ class Meter:
         self.tokens += int(sums["real"])
         figures = _figures(sums, self._names, self._steps, self._peak)
         figures |= {"learning_rate": self._rate, "tokens": self.tokens}
+        if self._memory:
+            figures |= _memory_figures(self._memory, self._largest)
         self._reset()
         return figures
+
+
+def _memory_figures(memory: Memory, largest: Callable[[list[float]], list[float]]) -> dict[str, float]:
+    """The peak and what is held all the time, each of the process with most of it."""
+    peak, *held = largest([float(memory.peak()), *map(float, memory.held.values())])
+    parts = dict(zip(memory.held, held, strict=True))
+    return {
+        "memory/peak": peak,
+        **{f"memory/{part}": size for part, size in parts.items()},
+        "memory/rest": max(0.0, peak - sum(held)),
+    }
 
 
 def _figures(sums: Mapping[str, float], names: Sequence[str], steps: int, peak: Peak) -> dict[str, float]:
@@ -380,6 +402,7 @@ _COLUMNS = {
     "fill": _Column("fill ", 100, ".1f", " %"),
     "time/data": _Column("data ", 100, ".1f", " %"),
     "flops_per_second": _Column("", 1e-12, ".3g", " TFLOP/s"),
+    "memory/peak": _Column("memory ", 2**-30, ".3g", " GiB"),
     "mfu": _Column("MFU ", 100, ".1f", " %"),
     "mfu_of_measured": _Column("", 100, ".0f", " % of a measured product"),
 }
