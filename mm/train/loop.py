@@ -34,6 +34,7 @@ from mm.train.clock import clock_of
 from mm.train.dataset import PlannedData, check_division
 from mm.train.faults import Watchdog, samples_of
 from mm.train.interrupts import Interrupts, Stopped, leave_to_the_run, seconds_of
+from mm.train.memory import Memory
 from mm.train.meter import JsonLines, Meter, Progress, TensorBoard, Writer, device_peak, training_factors
 from mm.train.optim import build_optimizer, freeze, materialise_state, restore_options, set_learning_rate
 from mm.train.parallel import (
@@ -126,8 +127,12 @@ def run(whole: Recipe, stage: Stage, world: World, saver: Saver, interrupts: Int
             check_plan(position, data, resumed)
     batches = load_batches(recipe, world, data, position, total)
     micro_steps = recipe.packing.packs_per_batch // (world.size * recipe.micro_batch)
-    peak, clock = device_peak(world.device, dtype), clock_of(world.device)
-    meter = Meter(loss_names(data), factors, peak, world.sum, position.tokens, clock)
+    peak, clock, memory = (
+        device_peak(world.device, dtype),
+        clock_of(world.device),
+        Memory(model, optimizer, world.device),
+    )
+    meter = Meter(loss_names(data), factors, peak, world.sum, position.tokens, clock, memory, world.max)
     ledger = Ledger(folder, recipe.data.max_broken)
     seen = Seen(folder / "seen", world, position.step + 1)
     skipped = 0
