@@ -47,6 +47,7 @@ from mm.train.parallel import (
     resolve_precision,
 )
 from mm.train.parts import trained_parts
+from mm.train.profile import Steps, profiling
 from mm.train.recipe import Recipe
 from mm.train.saving import Saver, saving
 from mm.train.schedule import learning_rate_factor
@@ -59,8 +60,11 @@ NON_FINITE_IN_A_ROW = 5
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
-def train(recipe: Recipe) -> Path:
+def train(recipe: Recipe, profiled: Steps | None = None) -> Path:
     """Run the recipe to its end and return its last checkpoint. A run folder that holds a checkpoint is resumed.
+
+    Args:
+        profiled: steps to profile, of the stage that the run is in, see `mm.train.profile`.
 
     Raises:
         Stopped: SIGTERM or the recipe's `time_limit` asked for it; the run has saved, and another call goes on.
@@ -81,7 +85,8 @@ def train(recipe: Recipe) -> Path:
         with join_world() as world, saving(recipe, world) as saver:
             for stage in chain([first], stages):
                 if not stage.is_over or stage.number + 1 == len(recipe.stage_recipes()):
-                    run(recipe, stage, world, saver, interrupts)
+                    run(recipe, stage, world, saver, interrupts, profiled)
+                    profiled = None
                     gc.collect()  # the sharded model of this stage, before the next is built
                 if interrupts.stopped:
                     break
@@ -93,8 +98,12 @@ def train(recipe: Recipe) -> Path:
     return saver.last
 
 
-def run(whole: Recipe, stage: Stage, world: World, saver: Saver, interrupts: Interrupts) -> None:
+def run(
+    whole: Recipe, stage: Stage, world: World, saver: Saver, interrupts: Interrupts, profiled: Steps | None = None
+) -> None:
     """The steps of a stage on this process, until the last of its checkpoints is complete."""
+    if profiled:
+        profiled.check_within(stage.position.step, stage.end)
     recipe, data, held_out = stage.recipe, stage.data, stage.held_out
     folder, objective = recipe.folder, configure.build(recipe.objective, NextToken)
     dtype = resolve_precision(recipe.precision, world.device)
@@ -141,6 +150,7 @@ def run(whole: Recipe, stage: Stage, world: World, saver: Saver, interrupts: Int
         writers(whole, world, position, total) as outputs,
         interrupts.heard(),
         Watchdog(folder, world.rank, recipe.watchdog) as watchdog,
+        profiling(profiled, folder, world, position.step) as step_profiled,
     ):
         for step in range(position.step, total):
             with meter.timed("data"):
@@ -199,6 +209,8 @@ def run(whole: Recipe, stage: Stage, world: World, saver: Saver, interrupts: Int
                     packs = stage.packs_at(done)
                     here = replace(position, step=done, packs=packs, tokens=meter.tokens)
                     saver.save(model, optimizer, here)
+            with meter.paused():
+                step_profiled()
             if stop:
                 interrupts.stopped = True
                 break
