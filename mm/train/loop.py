@@ -52,6 +52,7 @@ from mm.train.recipe import Recipe
 from mm.train.saving import Saver, saving
 from mm.train.schedule import learning_rate_factor
 from mm.train.stages import RunError, Stage, open_stages
+from mm.train.trackers import Trackio, WandB, check_installed
 from mm.train.versions import versions
 from mm.train.warm_start import warm_start
 
@@ -73,6 +74,7 @@ def train(recipe: Recipe, profiled: Steps | None = None) -> Path:
     for chosen in recipe.stage_recipes():
         check_division(chosen.packing, local_world()[1], chosen.micro_batch)
         check_parallel(chosen.parallel, local_world()[1])
+    check_installed(recipe.log_to)
     torch.manual_seed(recipe.seed)
     with locked(recipe.folder):
         resumed = checkpoint.latest(recipe.folder / "checkpoints")
@@ -323,7 +325,7 @@ class Outputs:
 
 @contextmanager
 def writers(recipe: Recipe, world: World, position: Position, total: int) -> Iterator[Outputs]:
-    """Console, ``metrics.jsonl`` and TensorBoard; the resolved recipe and the versions are written beside them."""
+    """Console, ``metrics.jsonl`` and what `log_to` names; resolved recipe and versions are written beside them."""
     if not world.is_first:
         yield Outputs([], None)
         return
@@ -332,11 +334,13 @@ def writers(recipe: Recipe, world: World, position: Position, total: int) -> Ite
     (folder / "versions.json").write_text(json.dumps(versions(), indent=1), encoding="utf-8")
     first = position.step + 1
     terminal = Progress(total, position.step)
-    outputs: list[Writer] = [
-        terminal,
-        JsonLines(folder / "metrics.jsonl", first),
-        TensorBoard(folder / "tensorboard", first),
-    ]
+    outputs: list[Writer] = [terminal, JsonLines(folder / "metrics.jsonl", first)]
+    opened = {
+        "tensorboard": lambda: TensorBoard(folder / "tensorboard", first),
+        "wandb": lambda: WandB(recipe),
+        "trackio": lambda: Trackio(recipe),
+    }
+    outputs += [opened[name]() for name in recipe.log_to]
     try:
         yield Outputs(outputs, terminal)
     finally:
