@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -18,6 +19,11 @@ Point = tuple[float, float]
 
 SHARES = ("mfu", "mfu_of_measured")
 """Names of the share of a device's peak, see `mm.train.meter.device_peak`."""
+
+MEMORY = ("parameters", "gradients", "optimizer", "rest")
+"""Parts of the memory, see `mm.train.memory`."""
+
+PART_OF_LOSS = re.compile("(validation_)?loss/(source|modality)/")
 
 
 @dataclass(frozen=True)
@@ -122,6 +128,27 @@ class History:
             flops={part: done / sum(flops) for part, done in parts.items() if done},
             share_of_peak=(share, over_time(share)) if share else None,
         )
+
+    @property
+    def time(self) -> dict[str, list[float]]:
+        """Shares of the time by phase, at every report; nothing of phases that took none."""
+        return {phase: [value or 0.0 for value in self._column(f"time/{phase}")] for phase in self.throughput.time}
+
+    @property
+    def memory(self) -> dict[str, float]:
+        """Bytes by part at the end of the run, which add up to its peak."""
+        return {part: size for part in MEMORY if (size := self.reports[-1].get(f"memory/{part}"))}
+
+    @property
+    def parts_of_loss(self) -> dict[str, tuple[list[Point], list[Point]]]:
+        """Training and validation loss of each source and modality that there are several of; ``source/a``, …"""
+        names = {name.partition("/")[2] for report in self.reports for name in report if PART_OF_LOSS.match(name)}
+        kinds = Counter(name.partition("/")[0] for name in names)
+        return {
+            name: (self.points(f"loss/{name}"), self.points(f"validation_loss/{name}"))
+            for name in sorted(names, key=lambda name: (name.startswith("modality"), name))
+            if kinds[name.partition("/")[0]] > 1
+        }
 
     def _column(self, figure: str) -> list[Any]:
         return [report.get(figure) for report in self.reports]

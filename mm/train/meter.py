@@ -402,7 +402,7 @@ _COLUMNS = {
     "fill": _Column("fill ", 100, ".1f", " %"),
     "time/data": _Column("data ", 100, ".1f", " %"),
     "flops_per_second": _Column("", 1e-12, ".3g", " TFLOP/s"),
-    "memory/peak": _Column("memory ", 2**-30, ".3g", " GiB"),
+    "memory/peak": _Column("memory ", 1e-9, ".3g", " GB"),
     "mfu": _Column("MFU ", 100, ".1f", " %"),
     "mfu_of_measured": _Column("", 100, ".0f", " % of a measured product"),
 }

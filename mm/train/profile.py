@@ -93,14 +93,18 @@ def profiling(steps: Steps | None, folder: Path, world: World, done: int) -> Ite
         text = f"rank {world.rank} of {world.size}, steps {steps}\n{summary(profiler, world.device)}\n"
         (out / f"rank-{world.rank}.txt").write_text(text, encoding="utf-8")
         if world.is_first:
-            print(
-                f"{text}{out} holds this and a trace of every process, to open in https://ui.perfetto.dev", flush=True
-            )
+            print(f"{text}{out} holds this and a trace of every process, for https://ui.perfetto.dev", flush=True)
 
     on_gpu = [ProfilerActivity.CUDA] if world.device.type == "cuda" else []
     activities = [ProfilerActivity.CPU, *on_gpu]
     with profile(activities=activities, schedule=action, on_trace_ready=save, acc_events=True) as profiler:
-        yield profiler.step
+
+        def end_step() -> None:
+            profiler.step()
+            if done + profiler.step_num == steps.last:
+                world.barrier()  # writing takes longer on one process than on another, which is no step's time
+
+        yield end_step
 
 
 def summary(profiler: profile, device: torch.device) -> str:
