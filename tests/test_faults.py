@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from mm.train.stages import RunError
 from tests import faulty_objectives
 from tests.processes import wait_until
 from tests.small_world import environment, losses, train_here, write_recipe
@@ -77,3 +78,10 @@ def test_a_step_that_is_skipped_names_its_samples(recipe: Path) -> None:
     assert event["event"] == "step 2: the gradient is not finite, the update was skipped"
     assert len(event["samples"]) > 2
     assert all(name.split(",")[0] in ("text", "pairs") and ".tar, row " in name for name in event["samples"])
+
+
+def test_where_memory_runs_out_the_estimate_is_named(recipe: Path) -> None:
+    """As torch raises it; there is no GPU whose memory could run out here."""
+    faulty_objectives.calls.clear()
+    with pytest.raises(RunError, match=r"Tried to allocate 2.00 GiB.\n`mm estimate RECIPE --gpus 1 "):
+        train_here(recipe, objective("OutOfMemory"))

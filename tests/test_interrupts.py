@@ -79,7 +79,7 @@ def statuses(run: Path) -> list[str]:
     return [path.read_text().strip() for path in sorted(run.parent.glob(f"{run.name}.?"))]
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_sigterm_to_the_launcher_saves_once_and_ends_all_ranks_well(
     recipe: Path, tmp_path: Path, processes: int
 ) -> None:
@@ -131,8 +131,8 @@ def test_a_run_stops_within_its_time_and_goes_on(one: Path, recipe: Path, tmp_pa
     changes = [f"run={tmp_path}", *LONG, "steps=100000", "save_every=20", "validate_every=0"]
     began = time.monotonic()
     with pytest.raises(Stopped) as stopped:
-        train_here(recipe, *changes, "time_limit=8s")
-    assert 4 < time.monotonic() - began < 8
+        train_here(recipe, *changes, "time_limit=14s")
+    assert 6 < time.monotonic() - began < 14
     assert stopped.value.code == 0
     step = saved(tmp_path)
     assert max(losses(tmp_path)) == step
@@ -155,8 +155,8 @@ def test_the_time_of_a_save_and_of_two_steps_is_kept_free() -> None:
     assert limit.votes(saving=61.0) == (1.0, 0.0)
     time.sleep(0.5)
     limit.votes(saving=0.0)
-    assert limit.votes(saving=58.9) == (1.0, 0.0)  # 0.5 s have gone and the longest step takes as long
-    assert limit.votes(saving=58.0) == (0.0, 0.0)
+    assert limit.votes(saving=53.9) == (1.0, 0.0)  # 0.5 s have gone and the longest step takes as long; 5 s for leaving
+    assert limit.votes(saving=53.0) == (0.0, 0.0)
     assert Interrupts().votes(saving=1e9) == (0.0, 0.0)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -43,7 +44,7 @@ def contents(path: Path) -> dict[str, torch.Tensor]:
 # -------------------------------------------------------------------------------------------------- in the background
 
 
-@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("processes", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_saving_in_the_background_changes_no_bit(recipe: Path, tmp_path: Path, processes: int) -> None:
     runs = [tmp_path / "background", tmp_path / "foreground"]
     changes = ["steps=6", "save_every=1", "optim.average={}"]
@@ -152,7 +153,7 @@ def test_a_disk_that_becomes_full_is_told_by_all_processes(recipe: Path, tmp_pat
     )
     assert done.returncode != 0
     assert done.stdout.count("CheckpointError could not save") == 2, done.stdout
-    assert "No space left on device. Earlier checkpoints are intact" in done.stdout
+    assert re.search(r"takes about [\d.]+ MB and [\d.]+ MB are free. Earlier checkpoints are intact", done.stdout)
 
 
 def without_privileges(command: Sequence[str]) -> list[str]:

@@ -13,6 +13,7 @@ from torch.distributed.checkpoint import load as load_checkpoint
 
 from mm.configure import RecipeError
 from mm.data.shards import ShardChanged
+from mm.layers.layout import Share
 from mm.packing.batch import Batch
 from mm.packing.collate import LengthMismatch
 from mm.packing.materialise import MicroStep
@@ -53,7 +54,7 @@ def rows_of_steps(data: PlannedData, world: int, micro_batch: int) -> list[list[
     """(source, row) of all samples of each step, over all ranks, sorted."""
     found: list[list[tuple[int, int]]] = [[] for _ in range(20)]
     for rank in range(world):
-        steps = data.micro_steps(World(rank, world, CPU), micro_batch, seed=3, steps=range(20), first_pack=0)
+        steps = data.micro_steps(Share(rank, world), micro_batch, seed=3, steps=range(20), first_pack=0)
         for micro_step in steps:
             for pack in map(data.plan.pack, micro_step.packs):
                 found[micro_step.step] += zip(pack.source.tolist(), pack.row.tolist(), strict=True)
@@ -114,7 +115,7 @@ def test_the_200_steps_had_ranks_with_other_modalities_than_their_neighbours(dat
     """What makes the comparison of losses above a proof for missing modalities."""
     dataset = data.materialiser()
     data.plan.packs_per_batch = 2
-    ranks = [data.micro_steps(World(rank, 2, CPU), 1, seed=3, steps=range(40), first_pack=0) for rank in (0, 1)]
+    ranks = [data.micro_steps(Share(rank, 2), 1, seed=3, steps=range(40), first_pack=0) for rank in (0, 1)]
     meetings = [tuple(frozenset(dataset[one].media) for one in steps) for steps in zip(*ranks, strict=True)]
     for modality in (Modality.IMAGE, Modality.SPEECH, Modality.POINT):
         held = {(modality in first, modality in second) for first, second in meetings}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,28 @@ PADDING = 0.1
 """Largest share of padding, in real tokens, that a bucket of short documents may take on to save calls."""
 
 Derived = TypeVar("Derived")
+
+
+class Share(NamedTuple):
+    """Part `index` of `count` equal ones."""
+
+    index: int
+    count: int
+
+    def of(self, tokens: int) -> slice:
+        """This part of a stream of so many tokens.
+
+        Raises:
+            ValueError: they do not divide.
+        """
+        if tokens % self.count:
+            raise ValueError(f"a stream of {tokens} tokens does not divide into {self.count} equal parts")
+        held = tokens // self.count
+        return slice(self.index * held, (self.index + 1) * held)
+
+
+WHOLE = Share(0, 1)
+"""All of it."""
 
 
 @dataclass(frozen=True)

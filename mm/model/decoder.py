@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mm.layers.attention import attend
+from mm.layers.context import Context
 from mm.layers.layout import Layout
 from mm.layers.norm import RMSNorm
 from mm.layers.rope import Rope, Rotation, rotate, rotation
@@ -78,12 +79,14 @@ class Stream:
     layout: the documents
     backend: of `mm.layers.attention.attend`
     cache: keys and values of earlier calls while generating
+    context: the devices that hold the stream together, if several do
     """
 
     rotation: Rotation
     layout: Layout
     backend: str
     cache: Cache | None
+    context: Context | None
 
 
 class Attention(nn.Module):
@@ -107,10 +110,12 @@ class Attention(nn.Module):
         )
         q = rotate(self.query_norm(q), stream.rotation)
         k = rotate(self.key_norm(k), stream.rotation)
-        if stream.cache is None:
-            mixed = attend(q, k, v, stream.layout, stream.backend)
-        else:
+        if stream.cache is not None:
             mixed = stream.cache.attend(self.layer, q, k, v, stream.layout)
+        elif stream.context is not None:
+            mixed = stream.context.attend(q, k, v, stream.layout, stream.backend)
+        else:
+            mixed = attend(q, k, v, stream.layout, stream.backend)
         return self.output(mixed.flatten(1))
 
 
@@ -155,11 +160,14 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks, final norm and output head. It knows nothing of parallelism or of where embeddings come from.
+    """Embedding, blocks, final norm and output head. It does not know where embeddings come from.
 
     On the meta device it is built without memory; ``to_empty`` and `reset_parameters`, or a checkpoint, fill it.
-    `attention_backend` may be set to a name in `mm.layers.attention.BACKENDS`.
+    `attention_backend` may be set to a name in `mm.layers.attention.BACKENDS`, and `context` to the devices that share
+    each stream.
     """
+
+    context: Context | None = None
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -195,14 +203,14 @@ class Decoder(nn.Module):
         """(T, D) after the final norm; multiply by `head_weight` transposed for logits.
 
         Args:
-            hidden: (T, D) embeddings.
+            hidden: (T, D) embeddings. With a `context` T is the number of tokens that this device holds.
             positions: (T,) int64 position of every token in its document (with branches: continuing the trunk's).
-            layout: the documents of the stream.
+            layout: the documents of the whole stream.
             cache: keeps keys and values between calls while generating; None in training.
         """
         config = self.config
         turns = rotation(config.rope, positions, config.head_dim, hidden.dtype)
-        stream = Stream(turns, layout, self.attention_backend, cache)
+        stream = Stream(turns, layout, self.attention_backend, cache, self.context)
         for block in self.layers:
             hidden = block(hidden, stream)
         return self.norm(hidden, layout)

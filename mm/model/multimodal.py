@@ -8,7 +8,7 @@ tokens ───────────────embed───────�
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mm.configure import RecipeError, build
 from mm.encoders.base import Adapter, Encoder, Grid
 from mm.layers.cross_entropy import Losses, linear_cross_entropy
-from mm.layers.layout import Layout
+from mm.layers.layout import WHOLE, Layout
 from mm.model.decoder import Decoder, DecoderConfig
 from mm.model.hub import load_decoder, read_decoder_config
 from mm.packing.batch import IGNORE, Batch, Media
@@ -40,10 +40,11 @@ class SlotMismatch(RuntimeError):
 
 @dataclass
 class DecoderOptions:
-    """Where the language model comes from: a checkpoint, or sizes to train from scratch.
+    """Where the language model comes from: a checkpoint, sizes to train from scratch, or both.
 
     pretrained: hub name, folder with safetensors, `.gguf` file, or ``package://PACKAGE/FILE``
-    config: fields of `DecoderConfig`
+    config: fields of `DecoderConfig`. Given beside a checkpoint they save asking the hub for its sizes while planning;
+        the checkpoint must have them
     attention: backend of `mm.layers.attention.attend`
     """
 
@@ -53,11 +54,28 @@ class DecoderOptions:
 
     def resolve(self) -> DecoderConfig:
         """The sizes of the decoder, without reading weights."""
-        if (self.pretrained is None) == (self.config is None):
-            raise RecipeError("model.decoder needs exactly one of `pretrained` (a checkpoint) and `config` (sizes)")
-        if self.pretrained is not None:
-            return read_decoder_config(self.pretrained)
-        return build({"_target_": "mm.model.decoder.DecoderConfig", **(self.config or {})}, DecoderConfig)
+        if self.config is not None:
+            return build({"_target_": "mm.model.decoder.DecoderConfig", **self.config}, DecoderConfig)
+        if self.pretrained is None:
+            raise RecipeError("model.decoder needs `pretrained` (a checkpoint), `config` (sizes), or both")
+        return read_decoder_config(self.pretrained)
+
+    def load(self) -> Decoder:
+        """The decoder of the checkpoint.
+
+        Raises:
+            RecipeError: it has other sizes than `config` says.
+        """
+        assert self.pretrained is not None
+        promised, decoder = self.resolve(), load_decoder(self.pretrained)
+        for entry in fields(DecoderConfig):
+            found, expected = getattr(decoder.config, entry.name), getattr(promised, entry.name)
+            if found != expected:
+                raise RecipeError(
+                    f"model.decoder.config.{entry.name} is {expected} and {self.pretrained} has {found}; "
+                    "correct the recipe, or leave `config` out to take what the checkpoint has"
+                )
+        return decoder
 
 
 @dataclass
@@ -98,7 +116,7 @@ class MultimodalLM(nn.Module):
     def forward(self, batch: Batch, z_loss: float = 0.0) -> Losses:
         """Weighted next-token loss of a batch, summed (not averaged) over its labels, in stream order."""
         predicting = (batch.labels != IGNORE).nonzero().squeeze(1)
-        hidden = self.hidden(batch).index_select(0, predicting)
+        hidden = self.hidden(batch).index_select(0, predicting - batch.span.start)
         return linear_cross_entropy(
             hidden,
             self.decoder.head_weight,
@@ -108,27 +126,31 @@ class MultimodalLM(nn.Module):
         )
 
     def hidden(self, batch: Batch, layout: Layout | None = None) -> Tensor:
-        """(T, D) last hidden states, after the final norm."""
+        """(T, D) last hidden states, after the final norm. Of a share of a stream, T is its tokens."""
         layout = layout or Layout(batch.offsets, batch.tokens.device)
-        return self.decoder(self.embed(batch), batch.positions, layout)
+        return self.decoder(self.embed(batch), batch.positions[batch.span], layout)
 
     def embed(self, batch: Batch) -> Tensor:
         """(T, D) input of the decoder: token embeddings with the media in their slots."""
-        embeddings = self.decoder.embed(batch.tokens)
+        embeddings = self.decoder.embed(batch.tokens[batch.span])
         for modality in self.modalities:
             media = batch.media.get(modality)
             if media is None:
                 embeddings = embeddings + 0.0 * self._dummy(modality, embeddings.device)
             else:
-                embeddings = self._place(embeddings, modality, media)
+                embeddings = self._place(embeddings, modality, media, batch)
         return embeddings
 
-    def _place(self, embeddings: Tensor, modality: Modality, media: Media) -> Tensor:
+    def _place(self, embeddings: Tensor, modality: Modality, media: Media, batch: Batch) -> Tensor:
         features = self._encoder(modality)(**media.inputs)
         given = self._adapter(modality)(features, media.grids)
         if len(given) != len(media.slots):
             raise SlotMismatch(modality, promised=len(media.slots), given=len(given))
-        return embeddings.index_copy(0, media.slots, given.to(embeddings.dtype))
+        slots = media.slots
+        if batch.share != WHOLE:
+            held = (slots >= batch.span.start) & (slots < batch.span.stop)
+            slots, given = slots[held] - batch.span.start, given[held]
+        return embeddings.index_copy(0, slots, given.to(embeddings.dtype))
 
     def _dummy(self, modality: Modality, device: torch.device) -> Tensor:
         """A finite scalar that went through the encoder, so that every rank calls it equally often."""
@@ -138,7 +160,10 @@ class MultimodalLM(nn.Module):
         return self._adapter(modality)(encoder(**inputs), [grid]).sum()
 
     def flops(self, batch: Batch) -> dict[str, float]:
-        """Forward FLOPs of the batch by part: ``encoders.image``, ``adapters.image``, …, ``decoder``, ``head``."""
+        """Forward FLOPs of the batch by part: ``encoders.image``, ``adapters.image``, …, ``decoder``, ``head``.
+
+        Of a share of a stream, the decoder's are that share, since attention is divided by heads.
+        """
         parts = {}
         for modality, media in batch.media.items():
             encoder, adapter = self._encoder(modality), self._adapter(modality)
@@ -146,7 +171,7 @@ class MultimodalLM(nn.Module):
             parts[f"encoders.{modality.label}"] = sum(count * encoder.flops(grid) for grid, count in counts)
             parts[f"adapters.{modality.label}"] = sum(count * adapter.flops(grid) for grid, count in counts)
         real = batch.rows[:, 0] >= 0
-        parts["decoder"] = self.decoder.flops(batch.offsets.diff()[real].tolist())
+        parts["decoder"] = self.decoder.flops(batch.offsets.diff()[real].tolist()) / batch.share.count
         parts["head"] = self.decoder.head_flops(int((batch.labels != IGNORE).sum()))
         return parts
 
@@ -174,10 +199,7 @@ def build_model(options: ModelOptions, *, meta: bool = False) -> MultimodalLM:
     encoders = {}
     with torch.device("meta" if meta else "cpu"):
         config = options.decoder.resolve()
-        if meta or options.decoder.pretrained is None:
-            decoder = Decoder(config)
-        else:
-            decoder = load_decoder(options.decoder.pretrained)
+        decoder = Decoder(config) if meta or options.decoder.pretrained is None else options.decoder.load()
         decoder.attention_backend = options.decoder.attention
         for name, spec in options.encoders.items():
             encoders[_modality(name)] = _build_encoder(name, spec, config.width)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from mm.encoders.base import Grid
+from mm.layers.layout import WHOLE, Share
 from mm.sample import Modality
 
 IGNORE = -100
@@ -65,6 +66,8 @@ class Batch:
     packs: (P + 1,) int32 start of every pack, then T
     rows: (n, 3) int64 (number of the source, of its shard, row in it) of every document; -1 for padding
     media: the items of each modality that occurs
+    share: the part of the stream that is computed here, where several devices have the same batch. Labels are there
+        only, and of the items those that reach into it
     broken: (sample, reason) of samples that could not be used and were replaced by padding of the promised length
     """
 
@@ -78,6 +81,7 @@ class Batch:
     rows: Tensor
     media: dict[Modality, Media] = field(default_factory=dict)
     broken: tuple[tuple[str, str], ...] = ()
+    share: Share = WHOLE
 
     def to(self, device: torch.device | str) -> Self:
         """The batch on a device. `offsets`, `packs` and `rows` stay on the CPU: Python reads them."""
@@ -92,9 +96,14 @@ class Batch:
         return _from_arrays, _as_arrays(self)
 
     @property
+    def span(self) -> slice:
+        """Where in the stream the share is."""
+        return self.share.of(len(self.tokens))
+
+    @property
     def real_tokens(self) -> int:
-        """Tokens that belong to a sample, media slots included."""
-        lengths = self.offsets.diff()
+        """Tokens that belong to a sample, media slots included; of the batch's share of the stream."""
+        lengths = self.offsets.clamp(self.span.start, self.span.stop).diff()
         return int(lengths[self.rows[:, 0] >= 0].sum())
 
     def digests(self) -> list[str]:

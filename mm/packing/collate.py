@@ -19,6 +19,7 @@ from torch import Tensor
 from mm import media
 from mm.configure import RecipeError
 from mm.encoders.base import Adapter, Grid, Transform
+from mm.layers.layout import WHOLE, Share
 from mm.packing.batch import IGNORE, Batch, Media
 from mm.sample import Modality, Sample
 from mm.tokenizers.text import Piece, TextTokenizer
@@ -160,12 +161,14 @@ class Processor:
         *,
         capacity: int | None = None,
         broken: Sequence[tuple[str, str]] = (),
+        share: Share = WHOLE,
     ) -> Batch:
         """A batch of packs, each a list of documents with their owners.
 
         Args:
             capacity: pad every pack to this many tokens, for compiled code with static shapes; None adds nothing.
             broken: (sample, reason) of what was replaced by padding, for the run's ledger.
+            share: the part of the stream that is to bear labels; the packs are padded so that it divides.
         """
         documents: list[Document] = []
         owners: list[Owner] = []
@@ -188,6 +191,9 @@ class Processor:
         tokens = np.concatenate([document.tokens for document in documents])
         targets = np.concatenate([document.weights for document in documents])
         labels, weights = _shift(tokens, targets, offsets)
+        held = share.of(len(tokens))
+        for begin, end in ((0, held.start), (held.stop, len(tokens))):
+            labels[begin:end], weights[begin:end] = IGNORE, 0.0
         return Batch(
             tokens=torch.from_numpy(tokens),
             positions=torch.from_numpy(np.concatenate([np.arange(len(document)) for document in documents])),
@@ -197,15 +203,19 @@ class Processor:
             offsets=torch.from_numpy(offsets.astype(np.int32)),
             packs=torch.tensor(pack_starts, dtype=torch.int32),
             rows=torch.tensor(owners, dtype=torch.int64).reshape(-1, 3),
-            media=self._media(documents, offsets),
+            media=self._media(documents, offsets, held),
             broken=tuple(broken),
+            share=share,
         )
 
-    def _media(self, documents: Sequence[Document], offsets: np.ndarray) -> dict[Modality, Media]:
+    def _media(self, documents: Sequence[Document], offsets: np.ndarray, held: slice) -> dict[Modality, Media]:
+        """The items that reach into a part of the stream."""
         found: dict[Modality, list[tuple[int, Item]]] = {}
         for number, document in enumerate(documents):
             for item in document.items:
-                found.setdefault(item.modality, []).append((number, item))
+                begin = offsets[number] + item.start
+                if begin < held.stop and begin + item.length > held.start:
+                    found.setdefault(item.modality, []).append((number, item))
         media_by_modality = {}
         for modality, placed in found.items():
             slots = [np.arange(item.length) + item.start + offsets[number] for number, item in placed]

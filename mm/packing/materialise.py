@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from torch.utils.data import Dataset
 
+from mm.layers.layout import WHOLE, Share
 from mm.packing.batch import Batch
 from mm.packing.collate import Document, LengthMismatch, Owner, Processor
 from mm.packing.windows import PlannedSample, PlanReader
@@ -48,6 +49,7 @@ class Materialiser(Dataset[Batch]):
         sources: the samples of each source of the plan, in its order.
         names: the sources' names, for messages.
         capacity: pad packs to this length (static shapes), or None.
+        share: the part of every stream that is computed here, see `Batch.share`.
         ahead: is given the rows that come next, two (k,) arrays of sources and shards in the order of the plan.
     """
 
@@ -59,6 +61,7 @@ class Materialiser(Dataset[Batch]):
         *,
         names: Sequence[str],
         capacity: int | None = None,
+        share: Share = WHOLE,
         ahead: Callable[[np.ndarray, np.ndarray], None] | None = None,
     ) -> None:
         self.plan = plan
@@ -66,6 +69,7 @@ class Materialiser(Dataset[Batch]):
         self.processor = processor
         self.names = list(names)
         self.capacity = capacity
+        self.share = share
         self.ahead = ahead
         self._looked: range = range(0)
 
@@ -77,7 +81,7 @@ class Materialiser(Dataset[Batch]):
             documents, owners = self._pack(number, broken) if number >= 0 else ([], [])
             packs.append(documents)
             rows.append(owners)
-        return self.processor.collate(packs, rows, capacity=self.capacity, broken=broken)
+        return self.processor.collate(packs, rows, capacity=self.capacity, broken=broken, share=self.share)
 
     def _look_ahead(self, number: int) -> None:
         if self.ahead is None or number < 0 or number in self._looked:

@@ -59,6 +59,8 @@ class Position:
     tokens: real tokens seen
     plan: fingerprint of the plan that the packs were numbered by
     finished: the stages before this one
+    passed_over: of the packs, those that the guard has passed over, see `mm.train.guard`
+    rewinds: how often it has
     """
 
     step: int
@@ -66,6 +68,8 @@ class Position:
     tokens: int
     plan: str
     finished: tuple[Finished, ...] = ()
+    passed_over: int = 0
+    rewinds: int = 0
 
     @classmethod
     def read(cls, text: str) -> Self:

@@ -17,7 +17,9 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock
 
+from mm.configure import RecipeError
 from mm.data.index import SplitSamples, fetch_rows_ahead
+from mm.layers.layout import WHOLE, Share
 from mm.packing.balance import deal
 from mm.packing.hashing import hash64
 from mm.packing.materialise import Materialiser, MicroStep
@@ -26,7 +28,6 @@ from mm.packing.plan import Plan
 from mm.packing.source import Source
 from mm.packing.streams import Cursor
 from mm.packing.windows import ReadTo
-from mm.train.parallel import World
 from mm.train.recipe import Recipe, SourceOptions
 from mm.train.sources import Blueprint, OpenSource
 
@@ -52,7 +53,7 @@ class PlannedData:
     def samples(self) -> list[SplitSamples]:
         return [source.samples for source in self.sources]
 
-    def materialiser(self, capacity: int | None = None, ahead: bool = False) -> Materialiser:
+    def materialiser(self, capacity: int | None = None, share: Share = WHOLE, ahead: bool = False) -> Materialiser:
         """Batches of the plan; `ahead`: with remote shards of what comes next fetched in the background."""
         return Materialiser(
             self.plan.reader(),
@@ -60,28 +61,29 @@ class PlannedData:
             self.blueprint.processor,
             names=self.names,
             capacity=capacity,
+            share=share,
             ahead=partial(fetch_rows_ahead, self.samples) if ahead and self.samples[0].card.cache else None,
         )
 
     def micro_steps(
-        self, world: World, micro_batch: int, *, seed: int, steps: range, first_pack: int
+        self, reader: Share, micro_batch: int, *, seed: int, steps: range, first_pack: int
     ) -> Iterator[MicroStep]:
-        """The micro-steps of one rank, step after step, `micro_steps_per_step` each."""
+        """The micro-steps of one of some readers, step after step, `micro_steps_per_step` each."""
         end = first_pack + len(steps) * self.plan.packs_per_batch
         for step in steps:
             self.plan.ensure(first_pack + self.plan.packs_per_batch)
             packs = np.array(self.plan.batch_from(first_pack))
             first_pack += len(packs)
             self.plan.ensure_ahead(min(first_pack + AHEAD * self.plan.options.window, end))
-            dealt = packs[deal(self.plan.costs(packs.tolist()), world.size, seed=int(hash64(seed, step)))]
-            for group in dealt.reshape(-1, micro_batch, world.size):
-                yield MicroStep(step, tuple(group[:, world.rank].tolist()))
+            dealt = packs[deal(self.plan.costs(packs.tolist()), reader.count, seed=int(hash64(seed, step)))]
+            for group in dealt.reshape(-1, micro_batch, reader.count):
+                yield MicroStep(step, tuple(group[:, reader.index].tolist()))
 
-    def every_pack(self, world: World) -> list[MicroStep]:
-        """All packs of an ended plan, dealt evenly; empty packs fill up, so that ranks meet equally often."""
+    def every_pack(self, reader: Share) -> list[MicroStep]:
+        """All packs of an ended plan, dealt evenly; empty packs fill up, so that readers meet equally often."""
         total = self.plan.total_packs() or 0
-        padded = [*range(total), *[-1] * (-total % world.size)]
-        return [MicroStep(0, (pack,)) for pack in padded[world.rank :: world.size]]
+        padded = [*range(total), *[-1] * (-total % reader.count)]
+        return [MicroStep(0, (pack,)) for pack in padded[reader.index :: reader.count]]
 
 
 def open_sources(
@@ -167,7 +169,7 @@ def check_division(packing: PackingOptions, world: int, micro_batch: int) -> Non
     packs = packing.packs_per_batch
     if packs % (world * micro_batch):
         worlds = [size for size in range(1, packs + 1) if packs % (size * micro_batch) == 0]
-        raise ValueError(
+        raise RecipeError(
             f"a global batch of {packs} packs does not divide among {world} processes with micro_batch {micro_batch}; "
             f"it does among {', '.join(map(str, worlds)) or 'none: lower micro_batch'}, or change packing.batch"
         )

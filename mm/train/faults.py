@@ -2,6 +2,7 @@
 
 step done ──▶ Watchdog.feed() ──… nothing for `watchdog` minutes …──▶ stacks of all threads: terminal, RUN/stacks/
 gradient not finite ──▶ the step and its samples in ledger.jsonl
+a GPU's memory runs out ──▶ what to ask `mm estimate`
 """
 
 from __future__ import annotations
@@ -9,12 +10,18 @@ from __future__ import annotations
 import faulthandler
 import sys
 import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from mm.packing.batch import Batch
+import torch
+from torch import Tensor
+
 from mm.train.dataset import PlannedData
+from mm.train.parallel import World
+from mm.train.stages import RunError
 
 
 class Watchdog:
@@ -60,10 +67,27 @@ class Watchdog:
         print(self._path.read_text(encoding="utf-8"), file=sys.stderr, flush=True)
 
 
-def samples_of(batch: Batch, data: PlannedData) -> list[str]:
-    """Names of the samples of a batch, as messages have them."""
+def samples_of(rows: Iterable[Tensor], data: PlannedData) -> list[str]:
+    """Names of the samples of batches with these `Batch.rows`, as messages have them."""
     return [
         f"{data.names[source]}, {Path(data.samples[source].shards[shard]).name}, row {row}"
-        for source, shard, row in batch.rows.tolist()
+        for of_batch in rows
+        for source, shard, row in of_batch.tolist()
         if source >= 0
     ]
+
+
+@contextmanager
+def out_of_memory_explained(world: World) -> Iterator[None]:
+    """Where a GPU's memory runs out, say what shows what takes it.
+
+    Raises:
+        RunError: in place of torch's error, whose first sentences it repeats.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise RunError(
+            f"{error}\n`mm estimate RECIPE --gpus {world.size} --gpu NAME` shows what takes the memory, the largest "
+            "micro_batch that fits, and what each change would save: parallel.activations, packing.limits, …"
+        ) from error

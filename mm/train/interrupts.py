@@ -17,6 +17,9 @@ from types import FrameType
 
 from mm.configure import RecipeError
 
+LEAVING = 5.0
+"""Seconds for closing files and leaving the process group, and for what slows a step on a machine with other work."""
+
 UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 
 
@@ -43,14 +46,13 @@ def seconds_of(duration: str) -> float:
 
 
 class Interrupts:
-    """What this process was asked for, and what all have agreed on.
+    """What this process was asked for.
 
     Args:
         limit: seconds from now within which the run is to have stopped; None for as long as it takes
     """
 
     def __init__(self, limit: float | None = None) -> None:
-        self.stopped = False
         self._limit, self._started = limit, time.monotonic()
         self._voted: float | None = None
         self._longest = 0.0
@@ -80,7 +82,8 @@ class Interrupts:
             self._longest = max(self._longest, now - self._voted)
         self._voted = now
         # This step is still to be done. If after it another one would not fit, it is the last.
-        late = self._limit is not None and now - self._started + 2 * self._longest + saving > self._limit
+        needed = 2 * self._longest + saving + LEAVING
+        late = self._limit is not None and now - self._started + needed > self._limit
         new, self._answered = self._asked - self._answered, self._asked
         return float(self._stop or late), float(new)
 

@@ -126,7 +126,7 @@ def _groups(metadata: Metadata, lost: set[str]) -> Iterator[list[str]]:
 
 
 def _read(path: Path, entries: Mapping[str, Any]) -> Iterator[str]:
-    """Findings of reading some entries together, or of each alone if that fails."""
+    """Findings of reading some entries together, or half of them at a time as long as that fails."""
     state = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         if isinstance(entry, TensorStorageMetadata)
@@ -139,8 +139,9 @@ def _read(path: Path, entries: Mapping[str, Any]) -> Iterator[str]:
         if len(entries) == 1:
             yield f"{next(iter(entries))}: {checkpoint.root_cause(error.__cause__ or error)}"
             return
-        for name, entry in entries.items():
-            yield from _read(path, {name: entry})
+        names = list(entries)
+        for half in (names[: len(names) // 2], names[len(names) // 2 :]):
+            yield from _read(path, {name: entries[name] for name in half})
         return
     for name, tensor in state.items():
         if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():

@@ -14,11 +14,12 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from filelock import FileLock, Timeout
 from rich.progress import track
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mm import configure
@@ -32,7 +33,8 @@ from mm.train.average import averaged
 from mm.train.checkpoint import Position
 from mm.train.clock import clock_of
 from mm.train.dataset import PlannedData, check_division
-from mm.train.faults import Watchdog, samples_of
+from mm.train.faults import Watchdog, out_of_memory_explained, samples_of
+from mm.train.guard import Guard, GuardOptions, Spike
 from mm.train.interrupts import Interrupts, Stopped, leave_to_the_run, seconds_of
 from mm.train.memory import Memory
 from mm.train.meter import JsonLines, Meter, Progress, TensorBoard, Writer, device_peak, training_factors
@@ -61,6 +63,9 @@ NON_FINITE_IN_A_ROW = 5
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
+Outcome = Literal["ended", "stopped", "rewound"]
+
+
 def train(recipe: Recipe, profiled: Steps | None = None) -> Path:
     """Run the recipe to its end and return its last checkpoint. A run folder that holds a checkpoint is resumed.
 
@@ -72,38 +77,54 @@ def train(recipe: Recipe, profiled: Steps | None = None) -> Path:
     """
     interrupts = Interrupts(seconds_of(recipe.time_limit) if recipe.time_limit else None)
     for chosen in recipe.stage_recipes():
-        check_division(chosen.packing, local_world()[1], chosen.micro_batch)
-        check_parallel(chosen.parallel, local_world()[1])
+        processes, context = local_world()[1], chosen.parallel.context
+        check_parallel(chosen.parallel, processes, chosen.packing.capacity)
+        check_division(chosen.packing, processes // context, chosen.micro_batch)
     check_installed(recipe.log_to)
     torch.manual_seed(recipe.seed)
     with locked(recipe.folder):
         resumed = checkpoint.latest(recipe.folder / "checkpoints")
-        position = checkpoint.read_position(resumed) if resumed else None
-        if resumed and position:
-            here = recipe.stage_recipes()[min(len(position.finished), len(recipe.stage_recipes()) - 1)]
-            checkpoint.check_architecture(resumed, build_model(here.model, meta=True))
-        stages = open_stages(recipe, recipe.folder, position)
-        first = next(stages)
-        with join_world() as world, saving(recipe, world) as saver:
-            for stage in chain([first], stages):
-                if not stage.is_over or stage.number + 1 == len(recipe.stage_recipes()):
-                    run(recipe, stage, world, saver, interrupts, profiled)
-                    profiled = None
-                    gc.collect()  # the sharded model of this stage, before the next is built
-                if interrupts.stopped:
-                    break
+        if resumed:
+            check_architecture(resumed, recipe)
+        stages = stages_from(resumed, recipe)
+        stages = chain([next(stages)], stages)  # the first is planned before processes meet
+        with join_world() as world, saving(recipe, world) as saver, out_of_memory_explained(world):
+            outcome: Outcome = "ended"
+            while outcome != "stopped" and (stage := next(stages, None)):
+                if stage.is_over and stage.number + 1 < len(recipe.stage_recipes()):
+                    continue
+                outcome = run(recipe, stage, world, saver, interrupts, profiled)
+                profiled = None
+                gc.collect()  # the sharded model of this stage, before the next is built
+                if outcome == "rewound":
+                    stages = stages_from(saver.last, recipe)
     assert saver.last is not None
-    if interrupts.stopped:
+    if outcome == "stopped":
         if world.is_first:
             print(f"stopped, as it was asked to; repeat the command to go on from {saver.last}")
         raise Stopped
     return saver.last
 
 
+def stages_from(resumed: Path | None, recipe: Recipe) -> Iterator[Stage]:
+    """The stages that are left, from a checkpoint on."""
+    return open_stages(recipe, recipe.folder, checkpoint.read_position(resumed) if resumed else None)
+
+
+def check_architecture(resumed: Path, recipe: Recipe) -> None:
+    """Raise `CheckpointError` unless a checkpoint's parameters are those of its stage's model."""
+    recipes, finished = recipe.stage_recipes(), checkpoint.read_position(resumed).finished
+    here = recipes[min(len(finished), len(recipes) - 1)]
+    checkpoint.check_architecture(resumed, build_model(here.model, meta=True))
+
+
 def run(
     whole: Recipe, stage: Stage, world: World, saver: Saver, interrupts: Interrupts, profiled: Steps | None = None
-) -> None:
-    """The steps of a stage on this process, until the last of its checkpoints is complete."""
+) -> Outcome:
+    """The steps of a stage on this process, until the last of its checkpoints is complete.
+
+    It ends early where it was asked to stop, and where the guard has gone back to an earlier checkpoint.
+    """
     if profiled:
         profiled.check_within(stage.position.step, stage.end)
     recipe, data, held_out = stage.recipe, stage.data, stage.held_out
@@ -137,15 +158,14 @@ def run(
         else:
             check_plan(position, data, resumed)
     batches = load_batches(recipe, world, data, position, total)
-    micro_steps = recipe.packing.packs_per_batch // (world.size * recipe.micro_batch)
-    peak, clock, memory = (
-        device_peak(world.device, dtype),
-        clock_of(world.device),
-        Memory(model, optimizer, world.device),
-    )
+    reader, share = world.reader(recipe.parallel.context), world.share(recipe.parallel.context)
+    micro_steps = recipe.packing.packs_per_batch // (reader.count * recipe.micro_batch)
+    peak, clock = device_peak(world.device, dtype), clock_of(world.device)
+    memory = Memory(model, optimizer, world.device)
     meter = Meter(loss_names(data), factors, peak, world.sum, position.tokens, clock, memory, world.max)
-    ledger = Ledger(folder, recipe.data.max_broken)
-    seen = Seen(folder / "seen", world, position.step + 1)
+    ledger = Ledger(folder, recipe.data.max_broken, writes=share.index == 0)
+    seen = Seen(folder / "seen", world, position.step + 1, writes=share.index == 0)
+    guard = Guard(recipe.guard, folder, position.step + 1, writes=world.is_first) if recipe.guard else None
     skipped = 0
 
     with (
@@ -167,13 +187,17 @@ def run(
             factor = learning_rate_factor(recipe.schedule, step - stage.begin, total - stage.begin)
             set_learning_rate(optimizer, factor)
 
+            totals: list[tuple[Tensor, Tensor]] = []
             for batch in micro_batches:
                 with meter.timed("forward"):
                     loss, parts = objective.loss(model, batch, denominators, data.names)
                 with meter.timed("backward"):
                     engine.backward(loss)
+                totals.append(parts["total"])
                 meter.add_losses(parts)
-                meter.add_batch(batch.real_tokens, len(batch.packs[1:]) * recipe.packing.capacity, model.flops(batch))
+                meter.add_batch(
+                    batch.real_tokens, len(batch.packs[1:]) * recipe.packing.capacity // share.count, model.flops(batch)
+                )
                 ledger.add(batch)
             with meter.timed("optimizer"):
                 norm, finite = engine.step()
@@ -181,7 +205,7 @@ def run(
             seen.add(step + 1, micro_batches)
             skipped = 0 if finite else skipped + 1
             if skipped:
-                names = [name for batch in micro_batches for name in samples_of(batch, data)]
+                names = samples_of((batch.rows for batch in micro_batches), data)
                 ledger.note(f"step {step + 1}: the gradient is not finite, the update was skipped", samples=names)
             if skipped >= NON_FINITE_IN_A_ROW:
                 raise RunError(
@@ -190,8 +214,13 @@ def run(
                 )
 
             done = step + 1
+            here = replace(position, step=done, packs=stage.packs_at(done))
             watchdog.feed()
             outputs.advance()
+            if guard and (spike := guard.judge(done, mean_loss(totals, world), micro_batches)):
+                ledger.note(str(spike), samples=samples_of(spike.rows, data))
+                if rewind(spike, saver, here, guard.options, world):
+                    return "rewound"
             validates = due(recipe.validate_every, done, total)
             saves = stop or save or due(recipe.save_every, done, total)
             figures = {}
@@ -199,25 +228,48 @@ def run(
                 figures = meter.report()
             if held_out and validates:
                 with meter.paused():
-                    figures |= validate(model, objective, held_out, world)
+                    figures |= validate(model, objective, held_out, world, recipe)
                     if recipe.optim.average and recipe.optim.average.validate:
                         with averaged(model, optimizer):
-                            of_average = validate(model, objective, held_out, world)
+                            of_average = validate(model, objective, held_out, world, recipe)
                         figures |= {f"average/{name}": figure for name, figure in of_average.items()}
             if figures:
                 outputs.write(done, figures)
             if saves:
                 with meter.paused():
-                    packs = stage.packs_at(done)
-                    here = replace(position, step=done, packs=packs, tokens=meter.tokens)
-                    saver.save(model, optimizer, here)
+                    saver.save(model, optimizer, replace(here, tokens=meter.tokens))
             with meter.paused():
                 step_profiled()
             if stop:
-                interrupts.stopped = True
-                break
+                saver.wait()
+                return "stopped"
         if saver.wait() is None:
             raise RunError(f"nothing to do: {folder} asks for {total} steps")
+    return "ended"
+
+
+def mean_loss(totals: Sequence[tuple[Tensor, Tensor]], world: World) -> float:
+    """Σwℓ / Σw of a step over its micro-batches and all processes."""
+    weighted, weight = world.sum([float(sum(column)) for column in zip(*totals, strict=True)])
+    return weighted / weight if weight else 0.0
+
+
+def rewind(spike: Spike, saver: Saver, here: Position, options: GuardOptions, world: World) -> bool:
+    """Whether the run is to go on from an earlier checkpoint; if not, there is none and it goes on from here.
+
+    Raises:
+        RunError: it has done so too often.
+    """
+    if here.rewinds >= options.rewinds:
+        raise RunError(
+            f"{spike}. The guard has gone back {here.rewinds} times, as often as guard.rewinds allows. Lower optim.lr "
+            "or optim.clip, or look at the samples in ledger.jsonl; the last checkpoint is intact"
+        )
+    rewound = saver.rewind(spike.last_good, here)
+    if world.is_first:
+        way = f"from {saver.last}" if rewound else f"as it is, no checkpoint is as old as step {spike.last_good}"
+        print(f"{spike}; the run goes on {way}")
+    return rewound
 
 
 def due(every: int, step: int, total: int) -> bool:
@@ -226,13 +278,17 @@ def due(every: int, step: int, total: int) -> bool:
 
 
 @torch.no_grad()
-def validate(model: MultimodalLM, objective: NextToken, held_out: PlannedData, world: World) -> dict[str, float]:
+def validate(
+    model: MultimodalLM, objective: NextToken, held_out: PlannedData, world: World, recipe: Recipe
+) -> dict[str, float]:
     """Loss over all packs of the validation split, in total and per modality and source."""
     model.eval()
     names = loss_names(held_out)
     totals = {name: [0.0, 0.0] for name in names}
-    dataset = held_out.materialiser()
-    for micro_step in held_out.every_pack(world):
+    context = recipe.parallel.context
+    capacity = recipe.packing.capacity if context > 1 else None
+    dataset = held_out.materialiser(capacity, world.share(context))
+    for micro_step in held_out.every_pack(world.reader(context)):
         batch = dataset[micro_step].to(world.device)
         _, parts = objective.loss(model, batch, dict.fromkeys(objective.weights([batch]), 1.0), held_out.names)
         for name, pair in parts.items():
@@ -256,12 +312,17 @@ def first_packs(data: PlannedData, packs: int, device: torch.device) -> Iterator
 
 def load_batches(recipe: Recipe, world: World, data: PlannedData, position: Position, total: int) -> Iterator[Batch]:
     """This rank's micro-batches from a position on, made ahead of time by the loader's workers."""
+    context = recipe.parallel.context
     steps = data.micro_steps(
-        world, recipe.micro_batch, seed=recipe.seed, steps=range(position.step, total), first_pack=position.packs
+        world.reader(context),
+        recipe.micro_batch,
+        seed=recipe.seed,
+        steps=range(position.step, total),
+        first_pack=position.packs,
     )
-    static = world.device.type == "cuda" or recipe.parallel.compile
+    static = world.device.type == "cuda" or recipe.parallel.compile or context > 1
     loader = DataLoader(
-        data.materialiser(recipe.packing.capacity if static else None, ahead=True),
+        data.materialiser(recipe.packing.capacity if static else None, world.share(context), ahead=True),
         sampler=steps,
         batch_size=None,
         num_workers=recipe.data.workers,
@@ -353,27 +414,36 @@ class Seen:
 
     Sorted over all ranks, the digests of a step do not depend on how many processes there were: two runs saw the same
     where they are equal. A resumed run has each step once.
+
+    Args:
+        writes: whether to name the packs. Of processes that share their streams one does.
     """
 
-    def __init__(self, folder: Path, world: World, first_step: int) -> None:
+    def __init__(self, folder: Path, world: World, first_step: int, *, writes: bool) -> None:
         folder.mkdir(exist_ok=True)
         if world.is_first:  # files of ranks that a smaller world no longer has
             for path in folder.glob("rank-*.jsonl"):
                 if int(path.stem.removeprefix("rank-")) >= world.size:
                     JsonLines(path, first_step).close()
         self._lines = JsonLines(folder / f"rank-{world.rank}.jsonl", first_step)
+        self._writes = writes
 
     def add(self, step: int, batches: Sequence[Batch]) -> None:
-        digests = [digest for batch in batches for digest in batch.digests()]
+        digests = [digest for batch in batches for digest in batch.digests()] if self._writes else []
         self._lines.write(step, {"packs": digests})
 
 
 class Ledger:
-    """Samples that were replaced by padding, and other events of a run: ``ledger.jsonl``, one object a line."""
+    """Samples that were replaced by padding, and other events of a run: ``ledger.jsonl``, one object a line.
 
-    def __init__(self, folder: Path, max_broken: float) -> None:
+    Args:
+        writes: of processes that share their streams one does.
+    """
+
+    def __init__(self, folder: Path, max_broken: float, *, writes: bool = True) -> None:
         self._path = folder / "ledger.jsonl"
         self._max_broken = max_broken
+        self._writes = writes
         self._seen = 0
         self._broken: list[str] = []
 
@@ -395,5 +465,7 @@ class Ledger:
             )
 
     def note(self, event: str, **more: Any) -> None:
+        if not self._writes:
+            return
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"event": event} | more) + "\n")

@@ -29,6 +29,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import swap_tensors
 
 from mm.configure import RecipeError
+from mm.layers.context import Context, check_heads
+from mm.layers.layout import Share
+from mm.model.decoder import DecoderConfig
 from mm.model.multimodal import MultimodalLM
 from mm.train.activation import Activations, checkpoint_blocks
 
@@ -43,6 +46,7 @@ class MissingProcess(RuntimeError):
 class ParallelOptions:
     """`parallel:` of a recipe, see docs/parallel.md.
 
+    context: neighbouring processes that share each stream, for packs that are too long for one, see `mm.layers.context`
     replicate: groups of processes that each hold the whole model once, sharded within the group (HSDP). 1 shards it
         over all processes
     reshard_after_forward: let go of a block's gathered weights after its forward and gather them again for its
@@ -52,6 +56,7 @@ class ParallelOptions:
     compile: compile the blocks; packs are padded to their capacity so that shapes stay the same
     """
 
+    context: int = 1
     replicate: int = 1
     reshard_after_forward: Literal["default", "always", "never"] = "default"
     offload: bool = False
@@ -61,10 +66,18 @@ class ParallelOptions:
     def __post_init__(self) -> None:
         if self.replicate < 1:
             raise RecipeError(f"parallel.replicate is {self.replicate}; it counts copies of the model: at least 1")
+        if self.context < 1:
+            raise RecipeError(f"parallel.context is {self.context}; it counts processes: at least 1")
 
 
-def check_parallel(options: ParallelOptions, processes: int) -> None:
-    """Raise `RecipeError` unless the options fit this many processes and their devices."""
+def check_parallel(options: ParallelOptions, processes: int, capacity: int) -> None:
+    """Raise `RecipeError` unless the options fit this many processes, their devices and packs of this capacity."""
+    if processes % options.context or capacity % options.context:
+        fitting = ", ".join(str(n) for n in range(1, processes + 1) if processes % n == 0 == capacity % n)
+        raise RecipeError(
+            f"parallel.context is {options.context}, and it must divide the {processes} processes and the "
+            f"{capacity} tokens of packing.capacity; these do: {fitting}"
+        )
     if processes % options.replicate:
         fitting = ", ".join(str(groups) for groups in range(1, processes + 1) if processes % groups == 0)
         raise RecipeError(
@@ -89,6 +102,14 @@ class World:
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+    def reader(self, context: int) -> Share:
+        """Which of the readers of data this process is; `context` neighbours read the same."""
+        return Share(self.rank // context, self.size // context)
+
+    def share(self, context: int) -> Share:
+        """Which part of its streams this process computes."""
+        return Share(self.rank % context, context)
 
     def barrier(self) -> None:
         if self.size > 1:
@@ -174,11 +195,14 @@ def parallelise(model: MultimodalLM, world: World, dtype: torch.dtype, options: 
     that is being sharded. Their own models are best built on the meta device. Freeze before.
     """
     blocks = model.blocks()
+    if options.context > 1:
+        model.decoder.context = join_context(model.decoder.config, world, options.context)
     if options.compile:
         compile_blocks(blocks)
     checkpoint_blocks(blocks, options.activations)
     if world.size == 1 and dtype == torch.float32 and not options.offload:
-        model.to(world.device)
+        if world.device.type != "cpu":  # where models are built; `to` fails on fake tensors, even if nothing moves
+            model.to(world.device)
         return
     mesh = build_mesh(world, options.replicate)
     offload = CPUOffloadPolicy() if options.offload else OffloadPolicy()
@@ -201,6 +225,20 @@ def parallelise(model: MultimodalLM, world: World, dtype: torch.dtype, options: 
             shard(module, exact, spares)
     for module in (*blocks, model):
         shard(module, policy, spares and module not in begins_backward)
+
+
+def join_context(config: DecoderConfig, world: World, size: int) -> Context:
+    """The neighbours with which this process shares its streams.
+
+    Raises:
+        RecipeError: so many cannot share the decoder's heads.
+    """
+    try:
+        check_heads(size, config.heads, config.kv_heads)
+    except ValueError as error:
+        raise RecipeError(f"parallel.context is {size}: {error}") from error
+    mesh = init_device_mesh(world.device.type, (world.size // size, size), mesh_dim_names=("reader", "context"))
+    return Context(size, mesh.get_group("context"))
 
 
 def build_mesh(world: World, replicate: int) -> DeviceMesh:

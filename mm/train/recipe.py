@@ -14,6 +14,7 @@ from mm.model.multimodal import ModelOptions
 from mm.packing.options import PackingOptions
 from mm.packing.source import Unit
 from mm.tokenizers.text import TokenizerOptions
+from mm.train.guard import GuardOptions
 from mm.train.interrupts import seconds_of
 from mm.train.optim import OptimOptions
 from mm.train.parallel import ParallelOptions, Precision
@@ -92,6 +93,7 @@ class Recipe:
     keep, keep_every: how many of the newest checkpoints stay, and of which steps all do, 0 for none; see
         docs/checkpoints.md
     time_limit: save and stop within this time of the start, such as 11h30m; repeating the command goes on
+    guard: go back to a checkpoint when the loss spikes, past the batches since, see `mm.train.guard`; null: never
     watchdog: minutes without the end of a step after which every process tells where it stands; 0 for never
     """
 
@@ -120,6 +122,7 @@ class Recipe:
     keep: int = 2
     keep_every: int = 0
     time_limit: str | None = None
+    guard: GuardOptions | None = None
     watchdog: float = 30.0
     stages: list[dict[str, Any]] = field(default_factory=list)
 

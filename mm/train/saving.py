@@ -16,9 +16,9 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -34,10 +34,13 @@ from mm.train.checkpoint import (
     Position,
     complete_checkpoints,
     latest,
+    read_position,
     root_cause,
 )
 from mm.train.parallel import World
 from mm.train.recipe import Recipe
+
+T = TypeVar("T")
 
 GUESSED_SPEED = 100e6
 """Bytes a second of a rank, until a save was timed."""
@@ -67,6 +70,7 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._saving: Future[Saved] | None = None
         self._seconds = 0.0
+        self._bytes = 0
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Remove what a killed run left half-written, and see that a checkpoint of this state could be saved.
@@ -74,7 +78,7 @@ class Saver:
         Raises:
             CheckpointError: the folder is not writable or has no space for one.
         """
-        total, here = _state_bytes(model, optimizer)
+        self._bytes, here = _state_bytes(model, optimizer)
         self._seconds = self._seconds or here / GUESSED_SPEED
 
         def look() -> None:
@@ -85,11 +89,10 @@ class Saver:
             probe.mkdir()
             _write_durably(probe / POSITION, "{}")
             shutil.rmtree(probe)
-            disk = shutil.disk_usage(self._folder)
-            if disk.total and disk.free < total:  # some remote file systems say nothing, which reads as 0
-                raise OSError(f"a checkpoint takes about {total / 1e6:,.1f} MB and {disk.free / 1e6:,.1f} MB are free")
+            if lack := self._lack():
+                raise OSError(lack)
 
-        with _told(self._folder):
+        with self._told(self._folder):
             self._on_first(look)
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, position: Position) -> None:
@@ -106,7 +109,7 @@ class Saver:
         state: dict[str, Any] = {"model": weights, "optimizer": moments}
 
         def complete(write: Callable[[], Any]) -> Saved:
-            with _told(final):
+            with self._told(final):
                 write()
                 self._on_first(lambda: self._publish(partial, final, position))
             return Saved(final, time.monotonic() - began)
@@ -142,6 +145,37 @@ class Saver:
         """Seconds until another save would be done, as long as the last one took."""
         return self._seconds * (2 if self._saving is not None else 1)
 
+    def rewind(self, last_good: int, here: Position) -> bool:
+        """Let the run go on from an earlier checkpoint of its stage, with the packs that come next now.
+
+        Later checkpoints go, and `last` is the one that stays. Whether there was one; if not, nothing changes.
+
+        Args:
+            last_good: the newest that counts is that of this step, or the one before.
+            here: where the run stands.
+        """
+        self.wait()
+
+        def go_back() -> Path | None:
+            complete = complete_checkpoints(self._folder)
+            good = [path for path in complete if _is_before(read_position(path), last_good, here)]
+            if not good:
+                return None
+            for path in complete[complete.index(good[-1]) + 1 :]:
+                _delete(path)
+            then = read_position(good[-1])
+            passed_over = then.passed_over + here.packs - then.packs
+            there = replace(then, packs=here.packs, passed_over=passed_over, rewinds=here.rewinds + 1)
+            _write_durably(good[-1] / f".{POSITION}", json.dumps(asdict(there)))
+            (good[-1] / f".{POSITION}").replace(good[-1] / POSITION)
+            _flush_folder(good[-1])
+            return good[-1]
+
+        with self._told(self._folder):
+            chosen = self._on_first(go_back)
+        self.last = chosen or self.last
+        return chosen is not None
+
     def close(self) -> None:
         """Wait for the save in flight, however it ends, and leave its group."""
         self._thread.shutdown()
@@ -158,34 +192,45 @@ class Saver:
         _flush_folder(self._folder)
         keep_only(self._folder, self._keep, self._keep_every)
 
-    def _on_first(self, act: Callable[[], None]) -> None:
-        """Act on the first process. The others wait for it, and all raise what its disk does."""
-        failure: list[OSError | None] = [None]
+    def _lack(self) -> str:
+        """What the disk lacks for a checkpoint, in words; empty where it lacks nothing, or says nothing."""
+        if not self._folder.exists():
+            return ""
+        disk = shutil.disk_usage(self._folder)
+        if not disk.total or disk.free >= self._bytes:  # some remote file systems say nothing, which reads as 0
+            return ""
+        return f"a checkpoint takes about {self._bytes / 1e6:,.1f} MB and {disk.free / 1e6:,.1f} MB are free"
+
+    @contextmanager
+    def _told(self, path: Path) -> Iterator[None]:
+        """Turns what can go wrong while saving into a `CheckpointError`."""
+        try:
+            yield
+        except (OSError, dcp.CheckpointException) as error:
+            # torch.save tells of a full disk as "unexpected pos 704 vs 598", so look
+            why = self._lack() or root_cause(error)
+            raise CheckpointError(
+                f"could not save {path}: {why}. Earlier checkpoints are intact; free some space or set `run:` to "
+                "another disk, and repeat the command to go on from the last one"
+            ) from error
+        except RuntimeError as error:  # of a collective
+            raise CheckpointError(
+                f"could not save {path}: a process of the run is gone ({root_cause(error)}). Earlier checkpoints are "
+                "intact; see above for what ended it, and repeat the command to go on from the last one"
+            ) from error
+
+    def _on_first(self, act: Callable[[], T]) -> T:
+        """Act on the first process. The others wait for it, and all return what it does or raise what its disk does."""
+        outcome: list[T | OSError | None] = [None]
         if self._world.is_first:
             try:
-                act()
+                outcome = [act()]
             except OSError as error:
-                failure = [error]
-        dist.broadcast_object_list(failure, src=0, group=self._group)
-        if failure[0] is not None:
-            raise failure[0]
-
-
-@contextmanager
-def _told(path: Path) -> Iterator[None]:
-    """Turns what can go wrong while saving into a `CheckpointError`."""
-    try:
-        yield
-    except (OSError, dcp.CheckpointException) as error:
-        raise CheckpointError(
-            f"could not save {path}: {root_cause(error)}. Earlier checkpoints are intact; free some space or set "
-            "`run:` to another disk, and repeat the command to go on from the last one"
-        ) from error
-    except RuntimeError as error:  # of a collective
-        raise CheckpointError(
-            f"could not save {path}: a process of the run is gone ({root_cause(error)}). Earlier checkpoints are "
-            "intact; see above for what ended it, and repeat the command to go on from the last one"
-        ) from error
+                outcome = [error]
+        dist.broadcast_object_list(outcome, src=0, group=self._group)
+        if isinstance(outcome[0], OSError):
+            raise outcome[0]
+        return cast(T, outcome[0])
 
 
 @contextmanager
@@ -204,9 +249,18 @@ def keep_only(folder: Path, newest: int, every: int = 0) -> None:
     for path in complete[: max(len(complete) - newest, 0)]:
         if every and int(path.name.removeprefix("step-")) % every == 0:
             continue
-        doomed = path.with_name(f".{path.name}.partial")  # half-deleted is as invisible as half-written
-        path.rename(doomed)
-        shutil.rmtree(doomed)
+        _delete(path)
+
+
+def _delete(path: Path) -> None:
+    doomed = path.with_name(f".{path.name}.partial")  # half-deleted is as invisible as half-written
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _is_before(there: Position, step: int, here: Position) -> bool:
+    """Whether a checkpoint is of the same stage as `here`, up to a step, so that their packs have the same numbers."""
+    return there.step <= step and (there.plan, len(there.finished)) == (here.plan, len(here.finished))
 
 
 def _state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, int]:

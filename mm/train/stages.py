@@ -151,7 +151,8 @@ def _last_step(recipe: Recipe, data: PlannedData, begin: int, position: Position
     """The step at which a stage ends. Where its sources end too, that means to plan them to their end.
 
     Sources without an end need no more than the packs of the first step; the others are planned while it trains. A
-    batch size that changed on resume changes how many steps the rest of an epoch takes.
+    batch size that changed on resume changes how many steps the rest of an epoch takes. Where the guard has passed over
+    packs that the sources cannot make up for, the stage is as much shorter.
 
     Raises:
         RunError: the sources end before.
@@ -166,9 +167,9 @@ def _last_step(recipe: Recipe, data: PlannedData, begin: int, position: Position
         plan.ensure(min(position.packs + size, wanted))
         return end
     enough = position.step + -(-(plan.ensure(wanted, progress=True) - position.packs) // size)
-    if enough < end:
+    if enough + position.passed_over // size < end:
         raise RunError(
             f"the recipe asks for {recipe.steps} steps and its sources hold enough for {enough - begin}; lower "
             "`steps`, or raise `epochs` of the sources"
         )
-    return end
+    return min(end, enough)
