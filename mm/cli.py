@@ -132,16 +132,24 @@ def demo(
 
 
 @app.command()
-def train(recipe: RecipePath, overrides: Overrides = None) -> None:
+def train(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    profile: Annotated[
+        str | None, typer.Option(help="steps to profile on every process, such as 10-12; see RUN/profile")
+    ] = None,
+) -> None:
     """Train a recipe. Repeating the command resumes the run; under torchrun it uses all processes."""
     from torch.distributed.elastic.multiprocessing.errors import record
 
     from mm.train.loop import train as train_recipe
     from mm.train.parallel import local_world
+    from mm.train.profile import Steps
     from mm.train.recipe import Recipe
 
+    steps = Steps.parse(profile) if profile is not None else None
     # Under torchrun, whoever fails first is named, with its traceback, among those that fail because of it.
-    checkpoint = record(train_recipe)(Recipe.load(recipe, overrides or []))
+    checkpoint = record(train_recipe)(Recipe.load(recipe, overrides or []), steps)
     if local_world()[0] == 0:
         console.print(f"[bold]done[/bold], the last checkpoint is {checkpoint}", soft_wrap=True)
 

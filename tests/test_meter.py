@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
+from mm.train.clock import clock_of
 from mm.train.meter import (
     JsonLines,
     Meter,
@@ -93,21 +94,44 @@ def test_fill_tokens_norm_and_rate():
     assert figures["learning_rate"] == 5e-4
 
 
-def test_time_counts_waiting_but_not_what_is_paused():
+def test_time_counts_phases_and_the_rest_but_not_what_is_paused():
     m = meter()
     m.add_batch(100, 100, {})
-    with m.waiting():
+    with m.timed("data"):
         time.sleep(0.06)
     with m.paused():
         time.sleep(0.5)
+    for phase in ("forward", "backward", "forward", "backward"):
+        with m.timed(phase):
+            time.sleep(0.02)
     time.sleep(0.04)
     m.end_step(1.0, 1e-3)
     m.end_step(1.0, 1e-3)
     figures = m.report()
 
-    assert 0.05 <= figures["seconds_per_step"] < 0.2
-    assert 0.06 / 0.4 <= figures["data_wait"] < 0.95
+    seconds = 2 * figures["seconds_per_step"]
+    assert 0.18 <= seconds < 0.4
+    spent = {name.removeprefix("time/"): seconds * share for name, share in figures.items() if name[:5] == "time/"}
+    assert spent.keys() == {"data", "sync", "forward", "backward", "optimizer", "rest"}
+    assert sum(spent.values()) == pytest.approx(seconds)
+    assert spent["sync"] == spent["optimizer"] == 0
+    for phase, slept in (("data", 0.06), ("forward", 0.04), ("backward", 0.04), ("rest", 0.04)):
+        assert slept <= spent[phase] < seconds - 0.18 + slept + 1e-3, phase
     assert figures["tokens_per_second"] == pytest.approx(100 / (2 * figures["seconds_per_step"]))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_kernels_count_for_the_phase_that_launched_them_and_not_for_what_waits_for_them():
+    m = meter(clock=clock_of(torch.device("cuda")))
+    left, right = torch.ones(2, 8192, 8192, device="cuda").unbind()
+    with m.timed("forward"):
+        for _ in range(20):
+            torch.mm(left, right)
+    with m.timed("optimizer"):
+        torch.cuda.synchronize()
+    m.end_step(1.0, 1e-3)
+    figures = m.report()
+    assert figures["time/forward"] > 20 * figures["time/optimizer"]
 
 
 def test_a_report_starts_afresh_and_keeps_the_tokens():
@@ -141,7 +165,7 @@ def test_one_reduction_makes_the_figures_those_of_all_processes():
     for m in (alone, together):
         m.add_batch(30, 40, {"decoder": 1e6})
         m.add_losses({"total": pair(6.0, 2.0)})
-        with m.waiting():
+        with m.timed("data"):
             time.sleep(0.01)
         m.end_step(0.5, 1e-3)
     one, two = alone.report(), together.report()
@@ -153,7 +177,7 @@ def test_one_reduction_makes_the_figures_those_of_all_processes():
     assert two["tokens_per_second"] == pytest.approx(60 / two["seconds_per_step"])
     assert two["flops_per_second"] == pytest.approx(2 * 2e6 / two["seconds_per_step"])
     assert two["mfu"] == pytest.approx(2e6 / two["seconds_per_step"] / PEAK.flops)
-    assert 0 < two["data_wait"] <= 1
+    assert 0 < two["time/data"] <= 1
 
 
 # ----------------------------------------------------------------------------------------------------------- FLOPs

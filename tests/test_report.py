@@ -33,10 +33,10 @@ from mm.evaluate import (
     evaluate,
 )
 from mm.packing.collate import Processor
-from mm.report.charts import line_chart, ticks
+from mm.report.charts import line_chart, share_stack, ticks
 from mm.report.history import History
 from mm.report.packs import DocumentView, PackView, inspect_page, render_packs, view_document, view_pack, view_packs
-from mm.report.page import duration, short
+from mm.report.page import duration, milliseconds, short
 from mm.report.pictures import picture_of
 from mm.report.run import SAMPLES, Stage, report_of_run, run_page
 from mm.sample import PointCloud, Sample, Speech, Text
@@ -299,6 +299,15 @@ def test_a_chart_of_one_point_has_a_frame() -> None:
         line_chart({"training": []})
 
 
+def test_layers_of_a_stack_lie_on_each_other_and_hold_from_the_report_before() -> None:
+    chart = share_stack([10, 40], {"data": [0.5, 0.25], "forward": [0.5, 0.75]})
+    data, forward = chart.areas
+    assert data.points == ((0, 50), (25, 50), (25, 75), (100, 75), (100, 100), (25, 100), (25, 100), (0, 100))
+    assert forward.points[:4] == ((0, 0), (25, 0), (25, 0), (100, 0))
+    assert forward.points[4:] == tuple(reversed(data.points[:4]))
+    assert [tick.label for tick in chart.x] == ["0", "10", "20", "30", "40"]
+
+
 # ----------------------------------------------------------------------------------------------------- report of a run
 
 
@@ -316,15 +325,34 @@ def test_the_report_of_a_run_shows_its_figures(run: Path) -> None:
     assert json.loads((run / "versions.json").read_text())["torch"] in text
 
 
+def test_the_report_shows_where_time_and_memory_go_and_the_loss_of_every_source(run: Path) -> None:
+    page = report_of_run(run)
+    text = text_of(page)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    phases = re.findall(r'<polygon class="of-(\w+)"', page)
+    assert phases == ["data", "sync", "forward", "backward", "optimizer", "rest"]
+    assert all(re.search(rf"{phase} [\d.]+ %, [\d.,]+ ms a step", text) for phase in phases)
+    assert all(re.search(rf"{part} [\d.]+ %, [\d.]+ [kMG]B", text) for part in ("parameters", "gradients", "rest"))
+    for source in SOURCES:
+        values = [line[f"loss/source/{source}"] for line in lines if f"loss/source/{source}" in line]
+        shown = " → ".join(f"{value:.3f}" for value in dict.fromkeys((values[0], values[-1])))
+        assert f"source {source} {shown} –" in text
+    held_out = [line["validation_loss/source/held_out"] for line in lines if "validation_loss" in line]
+    assert f"source held_out – {held_out[0]:.3f} → {held_out[-1]:.3f}" in text
+
+
 def test_figures_of_a_run_are_means_over_time(run: Path, tmp_path: Path) -> None:
     """10 steps of 1 s with 100 tokens/s, then 20 of 2 s with 400: 17,000 tokens in 50 s."""
     copy = shutil.copytree(run, tmp_path / "copy")
-    shared = {"data_wait": 0.0, "flops/decoder": 1.0, "flops/encoders": None, "mfu": 0.5}
+    shared = {"flops/decoder": 1.0, "flops/encoders": None, "mfu": 0.5, "memory/parameters": 3e9, "memory/rest": 1e9}
     reports = [
         {"step": 10, "loss": 2.0, "seconds_per_step": 1.0, "tokens_per_second": 100, "fill": 0.5, "tokens": 1000},
         {"step": 30, "loss": None, "seconds_per_step": 2.0, "tokens_per_second": 400, "fill": 1.0, "tokens": 17000},
     ]
-    flops = ({"flops_per_second": 3e9}, {"flops_per_second": 1e9})
+    flops = (
+        {"flops_per_second": 3e9, "time/data": 0.5, "time/sync": 0.0, "time/forward": 0.5},
+        {"flops_per_second": 1e9, "time/data": 0.0, "time/sync": 0.0, "time/forward": 1.0},
+    )
     lines = [json.dumps(shared | report | more) + "\n" for report, more in zip(reports, flops, strict=True)]
     (copy / "metrics.jsonl").write_text("".join(lines))
     history = History.read(Stage("copy", copy))
@@ -335,7 +363,12 @@ def test_figures_of_a_run_are_means_over_time(run: Path, tmp_path: Path) -> None
     assert rate.flops == {"decoder": pytest.approx(1.0)}
     assert history.points("loss") == [(10, 2.0)]
     text = text_of(report_of_run(copy))
+    assert rate.time == {"data": pytest.approx(5 / 50), "forward": pytest.approx(45 / 50)}
     assert "MFU (of the data sheet) 50.0 %" in text
+    assert "data 10.0 %, 167 ms a step forward 90.0 %, 1,500 ms a step" in text
+    assert "parameters 75.0 %, 3 GB rest 25.0 %, 1 GB" in text
+    assert "Peak memory of a process 4 GB" in text
+    assert "decoder 100.0 %, 1.4 GFLOP/s" in text
     assert "Validation loss" not in text
     assert "held-out" not in text
 
@@ -456,5 +489,6 @@ def test_a_picture_that_cannot_be_read_is_left_out(run: Path) -> None:
 
 def test_numbers_read_well() -> None:
     assert [duration(seconds) for seconds in (4.6, 99.4, 660, 7500)] == ["5 s", "99 s", "11 min", "2 h 05 min"]
+    assert [milliseconds(seconds) for seconds in (2.1e-4, 0.0171, 1.5)] == ["0.21 ms", "17.1 ms", "1,500 ms"]
     numbers = [short(value).replace("\u202f", " ") for value in (950, 12_345, 999_950, 6.1e9)]
     assert numbers == ["950", "12.3 k", "1 M", "6.1 G"]

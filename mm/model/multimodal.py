@@ -7,6 +7,7 @@ tokens ───────────────embed───────�
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -165,8 +166,10 @@ class MultimodalLM(nn.Module):
         """
         parts = {}
         for modality, media in batch.media.items():
-            parts[f"encoders.{modality.label}"] = sum(self._encoder(modality).flops(grid) for grid in media.grids)
-            parts[f"adapters.{modality.label}"] = sum(self._adapter(modality).flops(grid) for grid in media.grids)
+            encoder, adapter = self._encoder(modality), self._adapter(modality)
+            counts = Counter(media.grids).items()  # most items of a batch have the same few grids
+            parts[f"encoders.{modality.label}"] = sum(count * encoder.flops(grid) for grid, count in counts)
+            parts[f"adapters.{modality.label}"] = sum(count * adapter.flops(grid) for grid, count in counts)
         real = batch.rows[:, 0] >= 0
         parts["decoder"] = self.decoder.flops(batch.offsets.diff()[real].tolist()) / batch.share.count
         parts["head"] = self.decoder.head_flops(int((batch.labels != IGNORE).sum()))

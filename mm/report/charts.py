@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from mm.report.page import percent
+
 Point = tuple[float, float]
 
 STEEP = 1.6
@@ -68,6 +70,50 @@ def line_chart(series: Mapping[str, Sequence[Point]]) -> Chart:
     x = tuple(Tick(100 * value / right, f"{value:,.0f}") for value in ticks(0, right) if value == int(value))
     y = tuple(Tick(100 * (high - value) / (high - low), f"{value:.6g}") for value in ticks(low, high))
     return Chart(lines, x, y, sum(y > high for y in everything))
+
+
+@dataclass(frozen=True)
+class Area:
+    """A layer of a stack: corners of its polygon, in percent of the frame."""
+
+    label: str
+    points: tuple[Point, ...]
+
+    @property
+    def path(self) -> str:
+        """The ``points`` of an SVG polygon."""
+        return " ".join(f"{x:.2f},{y:.2f}" for x, y in self.points)
+
+
+@dataclass(frozen=True)
+class Stack:
+    areas: tuple[Area, ...]
+    x: tuple[Tick, ...]
+    y: tuple[Tick, ...]
+
+
+def share_stack(steps: Sequence[int], shares: Mapping[str, Sequence[float]]) -> Stack:
+    """Shares over steps, the first at the bottom. What is reported at a step holds since the report before.
+
+    Args:
+        steps: ascending; shares: as many of each kind, which add up to 1.
+    """
+    edges = [100 * step / steps[-1] for step in (0, *steps)]
+    base = [0.0] * len(steps)
+    areas = []
+    for label, layer in shares.items():
+        top = [low + share for low, share in zip(base, layer, strict=True)]
+        upper, lower = (
+            [(x, 100 * (1 - height)) for n, height in enumerate(heights) for x in edges[n : n + 2]]
+            for heights in (top, base)
+        )
+        areas.append(Area(label, (*upper, *reversed(lower))))
+        base = top
+    return Stack(
+        tuple(areas),
+        tuple(Tick(100 * value / steps[-1], f"{value:,.0f}") for value in ticks(0, steps[-1]) if value == int(value)),
+        tuple(Tick(100 * (1 - share), percent(share, 0)) for share in (0.0, 0.25, 0.5, 0.75, 1.0)),
+    )
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+from mm.train.clock import PHASES
 from mm.train.meter import PARTS
 from mm.train.recipe import Recipe
 
@@ -17,6 +19,11 @@ Point = tuple[float, float]
 
 SHARES = ("mfu", "mfu_of_measured")
 """Names of the share of a device's peak, see `mm.train.meter.device_peak`."""
+
+MEMORY = ("parameters", "gradients", "optimizer", "rest")
+"""Parts of the memory, see `mm.train.memory`."""
+
+PART_OF_LOSS = re.compile("(validation_)?loss/(source|modality)/")
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,8 @@ class Stage:
 class Throughput(NamedTuple):
     """Means over a run, weighted by time; validation and saving are left out.
 
-    seconds: in steps; tokens_per_second: real tokens; fill: real of all; data_wait: share of the time
+    seconds: in steps; tokens_per_second: real tokens; fill: real of all
+    time: shares of the seconds by phase, see `mm.train.clock`
     flops_per_second: of all processes; flops: shares by part
     share_of_peak: and whether that peak is a data sheet's (``mfu``) or was measured (``mfu_of_measured``)
     """
@@ -38,7 +46,7 @@ class Throughput(NamedTuple):
     seconds: float
     tokens_per_second: float
     fill: float
-    data_wait: float
+    time: dict[str, float]
     flops_per_second: float
     flops: dict[str, float]
     share_of_peak: tuple[str, float] | None
@@ -115,11 +123,32 @@ class History:
             seconds=sum(seconds),
             tokens_per_second=sum(real) / total,
             fill=sum(real) / slots if slots else 0.0,
-            data_wait=over_time("data_wait"),
+            time={phase: spent for phase in (*PHASES, "rest") if (spent := over_time(f"time/{phase}"))},
             flops_per_second=sum(flops) / total,
             flops={part: done / sum(flops) for part, done in parts.items() if done},
             share_of_peak=(share, over_time(share)) if share else None,
         )
+
+    @property
+    def time(self) -> dict[str, list[float]]:
+        """Shares of the time by phase, at every report; nothing of phases that took none."""
+        return {phase: [value or 0.0 for value in self._column(f"time/{phase}")] for phase in self.throughput.time}
+
+    @property
+    def memory(self) -> dict[str, float]:
+        """Bytes by part at the end of the run, which add up to its peak."""
+        return {part: size for part in MEMORY if (size := self.reports[-1].get(f"memory/{part}"))}
+
+    @property
+    def parts_of_loss(self) -> dict[str, tuple[list[Point], list[Point]]]:
+        """Training and validation loss of each source and modality that there are several of; ``source/a``, …"""
+        names = {name.partition("/")[2] for report in self.reports for name in report if PART_OF_LOSS.match(name)}
+        kinds = Counter(name.partition("/")[0] for name in names)
+        return {
+            name: (self.points(f"loss/{name}"), self.points(f"validation_loss/{name}"))
+            for name in sorted(names, key=lambda name: (name.startswith("modality"), name))
+            if kinds[name.partition("/")[0]] > 1
+        }
 
     def _column(self, figure: str) -> list[Any]:
         return [report.get(figure) for report in self.reports]

@@ -40,6 +40,12 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def milliseconds(seconds: float) -> str:
+    """``0.21 ms``, ``17.1 ms``, ``1,500 ms``."""
+    value = 1e3 * seconds
+    return f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"
+
+
 def counted(number: int, noun: str) -> str:
     """``1 picture``, ``1,234 pictures``."""
     return f"{thousands(number)} {noun}{'' if number == 1 else 's'}"

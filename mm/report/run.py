@@ -20,10 +20,10 @@ from mm.evaluate.report import FIGURES, Answered, Results, Summary
 from mm.evaluate.suite import LETTERS, Suite
 from mm.media import BrokenMedia
 from mm.packing.hashing import shuffled
-from mm.report.charts import Bar, Chart, line_chart
+from mm.report.charts import Bar, Chart, Point, Stack, line_chart, share_stack
 from mm.report.history import History, Stage
 from mm.report.packs import PackView, heaviest
-from mm.report.page import counted, duration, percent, render, short
+from mm.report.page import counted, duration, milliseconds, percent, render, short
 from mm.report.pictures import thumbnail
 
 __all__ = ["Stage", "report_of_run", "run_page"]
@@ -109,11 +109,50 @@ def _training(title: str, histories: Sequence[History]) -> dict[str, Any]:
         "histories": histories,
         "losses": [_losses(history) for history in histories],
         "facts": _facts(histories),
+        "parts_of_loss": [_parts_of_loss(history) for history in histories],
+        "times": [_time(history) for history in histories if history.time],
+        "memory": [_memory(history) for history in histories if history.memory],
+        "flops": [_flops(history) for history in histories],
     }
 
 
 def _losses(history: History) -> Chart:
     return line_chart({"training": history.points("loss"), "validation": history.points("validation_loss")})
+
+
+def _parts_of_loss(history: History) -> list[tuple[str, str, str]]:
+    """(name, training, validation) of every source and modality."""
+    parts = history.parts_of_loss.items()
+    return [(name.replace("/", " "), _ends(training), _ends(validation)) for name, (training, validation) in parts]
+
+
+@dataclass(frozen=True)
+class Breakdown:
+    """Parts of a whole of one run: share and figure of each, and the shares over steps if they are known."""
+
+    label: str
+    parts: dict[str, tuple[float, str]]
+    over_steps: Stack | None = None
+
+
+def _time(history: History) -> Breakdown:
+    seconds = history.throughput.seconds / history.steps
+    parts = {
+        phase: (share, f"{milliseconds(seconds * share)} a step") for phase, share in history.throughput.time.items()
+    }
+    over_steps = share_stack([report["step"] for report in history.reports], history.time)
+    return Breakdown(history.name, parts, over_steps)
+
+
+def _memory(history: History) -> Breakdown:
+    peak = sum(history.memory.values())
+    return Breakdown(history.name, {part: (size / peak, f"{short(size)}B") for part, size in history.memory.items()})
+
+
+def _flops(history: History) -> Breakdown:
+    rate = history.throughput
+    parts = {part: (share, f"{short(share * rate.flops_per_second)}FLOP/s") for part, share in rate.flops.items()}
+    return Breakdown(history.name, parts)
 
 
 def _facts(histories: Sequence[History]) -> dict[str, list[str]]:
@@ -125,24 +164,25 @@ def _facts(histories: Sequence[History]) -> dict[str, list[str]]:
         "Time in steps": [duration(rate.seconds) for rate in rates],
         "Tokens per second": [f"{rate.tokens_per_second:,.0f}" for rate in rates],
         "Fill of the packs": [percent(rate.fill) for rate in rates],
-        "Time waiting for data": [percent(rate.data_wait) for rate in rates],
+        "Time waiting for data": [percent(rate.time.get("data", 0.0)) for rate in rates],
+        "Peak memory of a process": [f"{short(sum(h.memory.values()))}B" if h.memory else "–" for h in histories],
         "FLOP/s": [short(rate.flops_per_second) for rate in rates],
     }
     for name, label in (("mfu", "MFU (of the data sheet)"), ("mfu_of_measured", "Share of a measured product")):
         shares = [rate.share_of_peak for rate in rates]
         if any(share and share[0] == name for share in shares):
             rows[label] = [percent(share[1]) if share and share[0] == name else "–" for share in shares]
-    rows["Training loss, first → last"] = [_first_to_last(history, "loss") for history in histories]
+    rows["Training loss, first → last"] = [_ends(history.points("loss")) for history in histories]
     if any(history.points("validation_loss") for history in histories):
-        rows["Validation loss, first → last"] = [_first_to_last(history, "validation_loss") for history in histories]
+        rows["Validation loss, first → last"] = [_ends(history.points("validation_loss")) for history in histories]
     if any(history.events for history in histories):
         rows["Samples replaced, updates skipped"] = [f"{len(history.events):,}" for history in histories]
     rows["Machine"] = [history.versions.get("device", "–") for history in histories]
     return rows
 
 
-def _first_to_last(history: History, figure: str) -> str:
-    points = history.points(figure)
+def _ends(points: Sequence[Point]) -> str:
+    """The first value and the last."""
     if not points:
         return "–"
     last = f"{points[-1][1]:.3f}"

@@ -31,19 +31,23 @@ from mm.sample import Modality
 from mm.train import checkpoint
 from mm.train.average import averaged
 from mm.train.checkpoint import Position
+from mm.train.clock import clock_of
 from mm.train.dataset import PlannedData, check_division
 from mm.train.engine import build_engine, check_engine
 from mm.train.faults import Watchdog, out_of_memory_explained, samples_of
 from mm.train.guard import Guard, GuardOptions, Spike
 from mm.train.interrupts import Interrupts, Stopped, leave_to_the_run, seconds_of
+from mm.train.memory import Memory
 from mm.train.meter import JsonLines, Meter, Progress, TensorBoard, Writer, device_peak, training_factors
 from mm.train.optim import freeze, set_learning_rate
 from mm.train.parallel import World, join_world, local_world, resolve_precision
 from mm.train.parts import trained_parts
+from mm.train.profile import Steps, profiling
 from mm.train.recipe import Recipe
 from mm.train.saving import Saver, saving
 from mm.train.schedule import learning_rate_factor
 from mm.train.stages import RunError, Stage, open_stages
+from mm.train.trackers import Trackio, WandB, check_installed
 from mm.train.versions import versions
 from mm.train.warm_start import warm_start
 
@@ -55,8 +59,11 @@ UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES
 Outcome = Literal["ended", "stopped", "rewound"]
 
 
-def train(recipe: Recipe) -> Path:
+def train(recipe: Recipe, profiled: Steps | None = None) -> Path:
     """Run the recipe to its end and return its last checkpoint. A run folder that holds a checkpoint is resumed.
+
+    Args:
+        profiled: steps to profile, of the stage that the run is in, see `mm.train.profile`.
 
     Raises:
         Stopped: SIGTERM or the recipe's `time_limit` asked for it; the run has saved, and another call goes on.
@@ -66,6 +73,7 @@ def train(recipe: Recipe) -> Path:
         processes, parallel = local_world()[1], chosen.parallel
         check_engine(parallel, chosen.optim, processes, chosen.packing.capacity)
         check_division(chosen.packing, processes // parallel.context, chosen.micro_batch)
+    check_installed(recipe.log_to)
     torch.manual_seed(recipe.seed)
     with locked(recipe.folder):
         resumed = checkpoint.latest(recipe.folder / "checkpoints")
@@ -78,7 +86,8 @@ def train(recipe: Recipe) -> Path:
             while outcome != "stopped" and (stage := next(stages, None)):
                 if stage.is_over and stage.number + 1 < len(recipe.stage_recipes()):
                     continue
-                outcome = run(recipe, stage, world, saver, interrupts)
+                outcome = run(recipe, stage, world, saver, interrupts, profiled)
+                profiled = None
                 gc.collect()  # the sharded model of this stage, before the next is built
                 if outcome == "rewound":
                     stages = stages_from(saver.last, recipe)
@@ -102,11 +111,15 @@ def check_architecture(resumed: Path, recipe: Recipe) -> None:
     checkpoint.check_architecture(resumed, build_model(here.model, meta=True))
 
 
-def run(whole: Recipe, stage: Stage, world: World, saver: Saver, interrupts: Interrupts) -> Outcome:
+def run(
+    whole: Recipe, stage: Stage, world: World, saver: Saver, interrupts: Interrupts, profiled: Steps | None = None
+) -> Outcome:
     """The steps of a stage on this process, until the last of its checkpoints is complete.
 
     It ends early where it was asked to stop, and where the guard has gone back to an earlier checkpoint.
     """
+    if profiled:
+        profiled.check_within(stage.position.step, stage.end)
     recipe, data, held_out = stage.recipe, stage.data, stage.held_out
     folder, objective = recipe.folder, configure.build(recipe.objective, NextToken)
     dtype = resolve_precision(recipe.precision, world.device)
@@ -137,7 +150,9 @@ def run(whole: Recipe, stage: Stage, world: World, saver: Saver, interrupts: Int
     batches = load_batches(recipe, world, data, position, total)
     reader, share = world.reader(recipe.parallel.context), world.share(recipe.parallel.context)
     micro_steps = recipe.packing.packs_per_batch // (reader.count * recipe.micro_batch)
-    meter = Meter(loss_names(data), factors, device_peak(world.device, dtype), world.sum, position.tokens)
+    peak, clock = device_peak(world.device, dtype), clock_of(world.device)
+    memory = Memory(model, optimizer, world.device)
+    meter = Meter(loss_names(data), factors, peak, world.sum, position.tokens, clock, memory, world.max)
     ledger = Ledger(folder, recipe.data.max_broken, writes=share.index == 0)
     seen = Seen(folder / "seen", world, position.step + 1, writes=share.index == 0)
     guard = Guard(recipe.guard, folder, position.step + 1, writes=world.is_first) if recipe.guard else None
@@ -148,13 +163,15 @@ def run(whole: Recipe, stage: Stage, world: World, saver: Saver, interrupts: Int
         writers(whole, world, position, total) as outputs,
         interrupts.heard(),
         Watchdog(folder, world.rank, recipe.watchdog) as watchdog,
+        profiling(profiled, folder, world, position.step) as step_profiled,
     ):
         for step in range(position.step, total):
-            with meter.waiting():
+            with meter.timed("data"):
                 micro_batches = [batch.to(world.device) for batch in islice(batches, micro_steps)]
             weights = objective.weights(micro_batches)
             votes = (saver.failed, *interrupts.votes(saver.reserve))
-            *sums, failed, stop, save = world.sum([*weights.values(), *map(float, votes)])
+            with meter.timed("sync"):
+                *sums, failed, stop, save = world.sum([*weights.values(), *map(float, votes)])
             denominators = dict(zip(weights, sums, strict=True))
             if failed:
                 saver.wait()
@@ -163,15 +180,18 @@ def run(whole: Recipe, stage: Stage, world: World, saver: Saver, interrupts: Int
 
             totals: list[tuple[Tensor, Tensor]] = []
             for batch in micro_batches:
-                loss, parts = objective.loss(engine.model, batch, denominators, data.names)
-                engine.backward(loss)
+                with meter.timed("forward"):
+                    loss, parts = objective.loss(engine.model, batch, denominators, data.names)
+                with meter.timed("backward"):
+                    engine.backward(loss)
                 totals.append(parts["total"])
                 meter.add_losses(parts)
                 meter.add_batch(
                     batch.real_tokens, len(batch.packs[1:]) * recipe.packing.capacity // share.count, model.flops(batch)
                 )
                 ledger.add(batch)
-            norm, finite = engine.step()
+            with meter.timed("optimizer"):
+                norm, finite = engine.step()
             meter.end_step(norm, recipe.optim.lr * factor)
             seen.add(step + 1, micro_batches)
             skipped = 0 if finite else skipped + 1
@@ -209,6 +229,8 @@ def run(whole: Recipe, stage: Stage, world: World, saver: Saver, interrupts: Int
             if saves:
                 with meter.paused():
                     saver.save(engine, replace(here, tokens=meter.tokens))
+            with meter.paused():
+                step_profiled()
             if stop:
                 saver.wait()
                 return "stopped"
@@ -355,7 +377,7 @@ class Outputs:
 
 @contextmanager
 def writers(recipe: Recipe, world: World, position: Position, total: int) -> Iterator[Outputs]:
-    """Console, ``metrics.jsonl`` and TensorBoard; the resolved recipe and the versions are written beside them."""
+    """Console, ``metrics.jsonl`` and what `log_to` names; resolved recipe and versions are written beside them."""
     if not world.is_first:
         yield Outputs([], None)
         return
@@ -364,11 +386,13 @@ def writers(recipe: Recipe, world: World, position: Position, total: int) -> Ite
     (folder / "versions.json").write_text(json.dumps(versions(), indent=1), encoding="utf-8")
     first = position.step + 1
     terminal = Progress(total, position.step)
-    outputs: list[Writer] = [
-        terminal,
-        JsonLines(folder / "metrics.jsonl", first),
-        TensorBoard(folder / "tensorboard", first),
-    ]
+    outputs: list[Writer] = [terminal, JsonLines(folder / "metrics.jsonl", first)]
+    opened = {
+        "tensorboard": lambda: TensorBoard(folder / "tensorboard", first),
+        "wandb": lambda: WandB(recipe),
+        "trackio": lambda: Trackio(recipe),
+    }
+    outputs += [opened[name]() for name in recipe.log_to]
     try:
         yield Outputs(outputs, terminal)
     finally:

@@ -1,6 +1,6 @@
 """The running figures of a run, and where they go.
 
-    batches, losses, FLOPs, waits ─▶ Meter: sums of a process ─one reduction─▶ figures ─▶ terminal, JSONL, TensorBoard
+    batches, losses, FLOPs, seconds ─▶ Meter: sums of a process ─one reduction─▶ figures ─▶ terminal, JSONL, TensorBoard
 
 Everything is kept as a sum, so that the mean over steps, micro-batches and processes is one division at the end: the
 loss of a modality is Σwℓ / Σw over all its labels and never a mean of means.
@@ -22,6 +22,10 @@ import torch
 from rich import progress
 from rich.console import Console
 from torch import Tensor
+from torch.profiler import record_function
+
+from mm.train.clock import PHASES, Clock, HostClock, Phase
+from mm.train.memory import Memory
 
 # ----------------------------------------------------------------------------------------------------------- FLOPs
 
@@ -124,6 +128,9 @@ class Meter:
         peak: what one device could do.
         reduce: sums a list of numbers over all processes, such as `World.sum`; one process needs none.
         tokens: real tokens that all processes together have seen so far, from the checkpoint of a resumed run.
+        clock: tells the time of phases, see `mm.train.clock`.
+        memory: of this process; None leaves memory out.
+        largest: takes the largest of each number over all processes, such as `World.max`.
     """
 
     def __init__(
@@ -133,29 +140,33 @@ class Meter:
         peak: Peak,
         reduce: Callable[[list[float]], list[float]] = list,
         tokens: int = 0,
+        clock: Clock | None = None,
+        memory: Memory | None = None,
+        largest: Callable[[list[float]], list[float]] = list,
     ) -> None:
         self.tokens = tokens
+        self._clock = clock or HostClock()
         self._names = tuple(losses)
         self._factors = dict(factors)
         self._peak = peak
         self._reduce = reduce
+        self._memory = memory
+        self._largest = largest
         self._reset()
 
     def _reset(self) -> None:
         self._losses = {name: torch.zeros(2, dtype=torch.float64) for name in self._names}
         self._flops = dict.fromkeys(PARTS, 0.0)
         self._real = self._capacity = self._steps = 0
-        self._waited = 0.0
         self._norm: float | Tensor = 0.0
         self._rate = math.nan
         self._started = time.perf_counter()
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Counts the time inside as waiting for data."""
-        start = time.perf_counter()
-        yield
-        self._waited += time.perf_counter() - start
+    def timed(self, phase: Phase) -> Iterator[None]:
+        """Counts the time inside for a phase of the step, which a profile shows by this name too."""
+        with record_function(phase), self._clock.timed(phase):
+            yield
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -195,22 +206,25 @@ class Meter:
         ``loss`` (of ``total``) and ``loss/NAME`` in nats per unit of weight; a loss without labels is left out
         ``gradient_norm`` mean over the steps; ``learning_rate`` of the last step
         ``tokens`` real tokens since the start of the run; ``tokens_per_second`` real; ``fill`` real / all
-        ``seconds_per_step``; ``data_wait`` share of the time, mean over processes
+        ``seconds_per_step``; ``time/PHASE`` and ``time/rest`` shares of them, mean over processes, see `mm.train.clock`
         ``flops_per_second`` of all processes; ``mfu`` or ``mfu_of_measured`` share of the peak (see `device_peak`)
         ``flops/PART`` shares of the FLOPs
+        ``memory/peak`` bytes, of the process that has needed most; of them ``memory/parameters``, ``memory/gradients``
+        and ``memory/optimizer``, and ``memory/rest``: activations and workspace, on a CPU all of Python too
 
         Raises:
             ValueError: no step was counted.
         """
         if not self._steps:
             raise ValueError("a report needs at least one step; call end_step after each")
-        # Reading the losses waits for the device, so it comes before reading the clock.
+        # These wait for the device, so they come before reading the time.
         losses = {name: pair.tolist() for name, pair in self._losses.items()}
+        phases = self._clock.take()
         sums = {
             "processes": 1.0,
             "norm": float(self._norm),
             "seconds": time.perf_counter() - self._started,
-            "waited": self._waited,
+            **{f"seconds/{phase}": spent for phase, spent in phases.items()},
             "real": float(self._real),
             "capacity": float(self._capacity),
             **{f"flops/{part}": flops for part, flops in self._flops.items()},
@@ -221,8 +235,21 @@ class Meter:
         self.tokens += int(sums["real"])
         figures = _figures(sums, self._names, self._steps, self._peak)
         figures |= {"learning_rate": self._rate, "tokens": self.tokens}
+        if self._memory:
+            figures |= _memory_figures(self._memory, self._largest)
         self._reset()
         return figures
+
+
+def _memory_figures(memory: Memory, largest: Callable[[list[float]], list[float]]) -> dict[str, float]:
+    """The peak and what is held all the time, each of the process with most of it."""
+    peak, *held = largest([float(memory.peak()), *map(float, memory.held.values())])
+    parts = dict(zip(memory.held, held, strict=True))
+    return {
+        "memory/peak": peak,
+        **{f"memory/{part}": size for part, size in parts.items()},
+        "memory/rest": max(0.0, peak - sum(held)),
+    }
 
 
 def _figures(sums: Mapping[str, float], names: Sequence[str], steps: int, peak: Peak) -> dict[str, float]:
@@ -230,6 +257,7 @@ def _figures(sums: Mapping[str, float], names: Sequence[str], steps: int, peak: 
     seconds = sums["seconds"] / sums["processes"]
     flops = {part: sums[f"flops/{part}"] for part in PARTS}
     all_flops = sum(flops.values())
+    shares = {phase: sums[f"seconds/{phase}"] / sums["seconds"] for phase in PHASES}
     losses = {
         "loss" if name == "total" else f"loss/{name}": sums[f"weighted/{name}"] / sums[f"weight/{name}"]
         for name in names
@@ -241,7 +269,8 @@ def _figures(sums: Mapping[str, float], names: Sequence[str], steps: int, peak: 
         "tokens_per_second": sums["real"] / seconds,
         "fill": sums["real"] / sums["capacity"] if sums["capacity"] else math.nan,
         "seconds_per_step": seconds / steps,
-        "data_wait": sums["waited"] / sums["seconds"],
+        **{f"time/{phase}": share for phase, share in shares.items()},
+        "time/rest": max(0.0, 1 - sum(shares.values())),
         "flops_per_second": all_flops / seconds,
         peak.figure: all_flops / (sums["seconds"] * peak.flops),
         **{f"flops/{part}": part_flops / all_flops for part, part_flops in flops.items() if part_flops},
@@ -371,8 +400,9 @@ _COLUMNS = {
     "gradient_norm": _Column("norm ", 1, ".3g"),
     "tokens_per_second": _Column("", 1, ",.0f", " tok/s"),
     "fill": _Column("fill ", 100, ".1f", " %"),
-    "data_wait": _Column("waits ", 100, ".1f", " %"),
+    "time/data": _Column("data ", 100, ".1f", " %"),
     "flops_per_second": _Column("", 1e-12, ".3g", " TFLOP/s"),
+    "memory/peak": _Column("memory ", 1e-9, ".3g", " GB"),
     "mfu": _Column("MFU ", 100, ".1f", " %"),
     "mfu_of_measured": _Column("", 100, ".0f", " % of a measured product"),
 }

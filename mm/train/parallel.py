@@ -135,11 +135,18 @@ class World:
 
     def sum(self, values: list[float]) -> list[float]:
         """The values summed over all processes, in float64."""
+        return self._reduced(values, dist.ReduceOp.SUM)
+
+    def max(self, values: list[float]) -> list[float]:
+        """The largest of each value over all processes."""
+        return self._reduced(values, dist.ReduceOp.MAX)
+
+    def _reduced(self, values: list[float], operation: dist.ReduceOp.RedOpType) -> list[float]:
         if self.size == 1:
             return values
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return total.tolist()
+        reduced = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(reduced, operation)
+        return reduced.tolist()
 
 
 def local_world() -> tuple[int, int]:

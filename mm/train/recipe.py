@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mm import configure
 from mm.configure import RecipeError
@@ -20,6 +20,8 @@ from mm.train.optim import OptimOptions
 from mm.train.parallel import ParallelOptions, Precision
 from mm.train.schedule import ScheduleOptions
 from mm.train.warm_start import WarmStartOptions
+
+LogTo = Literal["tensorboard", "wandb", "trackio"]
 
 
 @dataclass
@@ -67,7 +69,8 @@ class DataOptions:
 
 
 OF_THE_WHOLE_RUN = {
-    *("name", "run", "seed", "init_from", "warm_start", "save_async", "keep", "keep_every", "time_limit", "stages")
+    *("name", "run", "seed", "init_from", "warm_start", "log_to", "save_async", "keep", "keep_every", "time_limit"),
+    "stages",
 }
 """Keys that a stage cannot change."""
 
@@ -84,6 +87,7 @@ class Recipe:
     init_from: run, checkpoint or export whose weights to start from (weights only, unlike resuming)
     warm_start: where linear adapters start, see `mm.train.warm_start`
     precision: `auto` computes in bf16 where the device does so natively
+    log_to: where figures go, beside the terminal and ``metrics.jsonl``; see docs/meters.md
     validate_every, save_every: steps; 0 means only at the end
     save_async: write checkpoints while training goes on, from a copy in memory; else training waits for each
     keep, keep_every: how many of the newest checkpoints stay, and of which steps all do, 0 for none; see
@@ -111,6 +115,7 @@ class Recipe:
     optim: OptimOptions = field(default_factory=OptimOptions)
     schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
     log_every: int = 10
+    log_to: list[LogTo] = field(default_factory=lambda: ["tensorboard"])
     validate_every: int = 0
     save_every: int = 0
     save_async: bool = True
