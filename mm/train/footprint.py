@@ -103,9 +103,10 @@ def footprint(recipe: Recipe, gpus: int) -> Footprint:
     if recipe.parallel.context > 1 or recipe.parallel.engine != "fsdp2":
         raise RecipeError(
             f"mm estimate counts FSDP2 with parallel.context 1, and the recipe has engine {recipe.parallel.engine} and "
-            f"context {recipe.parallel.context}. Leave them out: context divides activations further, ZeRO 3 is like FSDP2"
+            f"context {recipe.parallel.context}. Leave them out: context divides activations further, ZeRO 3 is "
+            "like FSDP2"
         )
-    # whether this machine could offload is no matter
+    # Whether this machine could offload does not matter.
     check_parallel(replace(recipe.parallel, offload=False), gpus, recipe.packing.capacity)
     micro_steps = recipe.packing.packs_per_batch // (gpus * recipe.micro_batch)
     model = build_model(recipe.model, meta=True).train()
