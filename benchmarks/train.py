@@ -3,6 +3,9 @@
     packed            our `MultimodalLM` on packs of 1024 tokens
     random batches    `LlavaForConditionalGeneration` on right-padded batches of 8 random samples
     length-grouped    the same on batches of 8 that transformers' sampler of like lengths makes
+    Trainer           the random batches in transformers' `Trainer`
+    fixed length      random batches padded to 1024 tokens whatever they hold, as nanoVLM's collator pads
+    packed, FSDP2     packed, every block sharded by FSDP2 over one process
 
 All start from the same weights, which is checked: on the same samples the losses agree to 1e-4. A step is forward,
 backward and an update of every parameter by fused AdamW in float32; making the batches is not timed. Useful tokens are
@@ -28,13 +31,17 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import (
     AutoModelForCausalLM,
     CLIPImageProcessor,
@@ -42,6 +49,9 @@ from transformers import (
     CLIPVisionModel,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
 )
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.utils.logging import disable_progress_bar
@@ -200,9 +210,13 @@ def pack(documents: Sequence[Document], model: MultimodalLM) -> Batch:
     return Processor(byte_tokenizer(), model.entrances).collate([documents], [rows])
 
 
-def pad(documents: Sequence[Document], sizes: Sizes, model: MultimodalLM) -> dict[str, Tensor]:
-    """The documents as arguments of Hugging Face's forward: padded on the right, pixels normalised as ours are."""
-    shape = len(documents), max(map(len, documents))
+def pad(documents: Sequence[Document], sizes: Sizes, model: MultimodalLM, length: int = 0) -> dict[str, Tensor]:
+    """The documents as arguments of Hugging Face's forward: padded on the right, pixels normalised as ours are.
+
+    Args:
+        length: pad to this length, if it is longer than the longest document.
+    """
+    shape = len(documents), max(length, *map(len, documents))
     tokens, attention = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
     labels = torch.full(shape, IGNORE)
     for row, document in enumerate(documents):
@@ -279,13 +293,19 @@ def packed_arm(documents: Sequence[Document], capacity: int, ours: MultimodalLM)
 
 
 def padded_arm(
-    documents: Sequence[Document], order: Sequence[int], sizes: Sizes, ours: MultimodalLM, folder: Path
+    documents: Sequence[Document],
+    order: Sequence[int],
+    sizes: Sizes,
+    ours: MultimodalLM,
+    folder: Path,
+    length: int = 0,
 ) -> Arm:
+    """Batches padded to their longest sample, or to a length."""
     loads = []
     for start in range(0, len(order), BATCH):
         chosen = [documents[number] for number in order[start : start + BATCH]]
-        computed = len(chosen) * max(map(len, chosen)) + _image_tokens(chosen)
-        loads.append(Load(pad(chosen, sizes, ours), sum(map(len, chosen)), computed))
+        inputs = pad(chosen, sizes, ours, length)
+        loads.append(Load(inputs, sum(map(len, chosen)), inputs["input_ids"].numel() + _image_tokens(chosen)))
     return Arm(build_theirs(sizes, ours, folder), their_loss, loads)
 
 
@@ -293,18 +313,72 @@ def _image_tokens(documents: Sequence[Document]) -> int:
     return sum(item.length for document in documents for item in document.items)
 
 
+class TrainerArm(Arm):
+    """Batches of another arm in transformers' `Trainer`, with the same optimizer and without logging and saving."""
+
+    def __init__(self, other: Arm, folder: Path) -> None:
+        self.model, self.loads, self.optimizer = other.model, other.loads, other.optimizer
+        self.folder = folder
+
+    def step(self, load: Load) -> None:
+        self.run([load])
+
+    def run(self, loads: Sequence[Load]) -> float:
+        options = TrainingArguments(
+            output_dir=str(self.folder),
+            per_device_train_batch_size=1,  # of batches: they are made already
+            max_steps=len(loads),
+            max_grad_norm=0.0,
+            lr_scheduler_type="constant",
+            remove_unused_columns=False,
+            disable_tqdm=True,
+            logging_strategy="no",
+            save_strategy="no",
+            report_to=[],
+            use_cpu=True,
+        )
+        inputs: Any = [load.inputs for load in loads]
+        trainer = Trainer(
+            self.model,
+            options,
+            data_collator=lambda batches: batches[0],
+            train_dataset=inputs,
+            optimizers=(self.optimizer, torch.optim.lr_scheduler.ConstantLR(self.optimizer, factor=1.0)),
+        )
+        trainer.remove_callback(PrinterCallback)
+        start = time.perf_counter()
+        trainer.train()
+        return time.perf_counter() - start
+
+
+def sharded(ours: MultimodalLM) -> MultimodalLM:
+    """Our model with every block sharded over the one process of the process group."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    for module in (*ours.blocks(), ours):
+        for tensor in (*module.parameters(), *module.buffers()):
+            if not isinstance(tensor, DTensor):
+                tensor.data = tensor.data.contiguous()
+        fully_shard(module)
+    return ours
+
+
 ARMS = ("packed", "random batches", "length-grouped")
+OTHERS = ("packed", "packed, FSDP2", "Trainer", "fixed length")
 
 
 def make_arm(name: str, documents: Sequence[Document], capacity: int, sizes: Sizes, folder: Path) -> Arm:
-    """One of `ARMS`."""
+    """One of `ARMS` or `OTHERS`."""
     ours = build_ours(sizes, folder)
-    if name == "packed":
-        return packed_arm(documents, capacity, ours)
+    if name.startswith("packed"):
+        return packed_arm(documents, capacity, sharded(ours) if "FSDP2" in name else ours)
     generator = torch.Generator().manual_seed(0)
-    if name == "random batches":
-        order = torch.randperm(len(documents), generator=generator).tolist()
-    else:
+    order = torch.randperm(len(documents), generator=generator).tolist()
+    if name == "Trainer":
+        return TrainerArm(padded_arm(documents, order, sizes, ours, folder), folder)
+    if name == "fixed length":
+        return padded_arm(documents, order, sizes, ours, folder, capacity)
+    if name == "length-grouped":
         lengths = [len(document) for document in documents]
         order = get_length_grouped_indices(lengths, BATCH, mega_batch_mult=MEGABATCHES, generator=generator)
     return padded_arm(documents, order, sizes, ours, folder)
@@ -425,6 +499,10 @@ def main(arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         check_equal_losses(mixture[:BATCH], sizes, Path(folder))
     compare_speed("Mixed lengths", ARMS, mixture, capacity, turns, sizes)
+    others = [name for name in OTHERS if name != "Trainer" or find_spec("accelerate")]
+    if others != list(OTHERS):
+        print("\nTrainer is left out: it needs `pip install accelerate`")
+    compare_speed("Mixed lengths, other ways", others, mixture[: samples // 2], capacity, turns, sizes)
     random = np.random.default_rng(0)
     uniform = [make_document([0, sizes.image_tokens // 3], sizes, random) for _ in range(captions)]
     # Packs of as many samples as the batches have: nothing is gained by larger steps.
