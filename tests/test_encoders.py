@@ -288,7 +288,7 @@ def test_all_that_an_encoder_computes_with_is_a_parameter_or_a_buffer(case: Case
     """Other processes than the first build it on the meta device, and get those from the first."""
     with torch.device("meta"):
         encoder = case.build()
-    receive(encoder, World(0, 1, torch.device("cpu")))
+    receive(chain(encoder.parameters(), encoder.buffers()), World(0, 1, torch.device("cpu")))
     own = dict(chain(case.encoder.named_parameters(), case.encoder.named_buffers()))
     with torch.no_grad():
         for name, tensor in chain(encoder.named_parameters(), encoder.named_buffers()):
