@@ -40,5 +40,5 @@ demo: $(INSTALLED)  ## train a small vision-language model on this machine and l
 	$(BIN)/mm demo
 
 pins:  ## write the versions that .venv holds into constraints.txt
-	{ sed '/^[^#]/,$$d' constraints.txt; $(BIN)/pip freeze --exclude-editable; sed -n '/^# deepspeed/,$$p' constraints.txt; } > .pins
+	{ sed '/^[^#]/,$$d' constraints.txt; $(BIN)/pip freeze --exclude-editable; } > .pins
 	mv .pins constraints.txt

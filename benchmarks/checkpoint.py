@@ -20,7 +20,8 @@ import torch
 from benchmarks.lengths import mixed_lengths
 from benchmarks.train import QUICK, Sizes, build_ours, make_documents, packed_arm
 from mm.train.checkpoint import Position
-from mm.train.parallel import World, join_world
+from mm.train.optim import OptimOptions
+from mm.train.parallel import Engine, World, join_world
 from mm.train.saving import Saver
 
 ARMS = ("none", "background", "waited for")
@@ -42,6 +43,7 @@ def main() -> None:
 def compare(folder: Path, world: World, sizes: Sizes, every: int, turns: int) -> None:
     """Prints seconds a step of each arm, and its ratio to the one that saves nothing."""
     arm = packed_arm(make_documents(mixed_lengths(60), sizes), sizes.decoder["context"], build_ours(sizes, folder))
+    engine = Engine(arm.model, arm.optimizer, world, OptimOptions())
     savers = {
         name: Saver(folder / name, world, keep=1, keep_every=0, background=name == "background") for name in ARMS[1:]
     }
@@ -50,7 +52,7 @@ def compare(folder: Path, world: World, sizes: Sizes, every: int, turns: int) ->
         """Seconds of a turn, and those of them for which the first step had to wait."""
         start = time.perf_counter()
         if saver := savers.get(name):
-            saver.save(arm.model, arm.optimizer, Position(step, 0, 0, ""))
+            saver.save(engine, Position(step, 0, 0, ""))
         held_up = time.perf_counter() - start
         for number in range(every):
             arm.step(arm.loads[number % len(arm.loads)])

@@ -82,7 +82,7 @@ def test_an_update_that_is_skipped_is_not_averaged() -> None:
     options = OptimOptions(average=AverageOptions(0.5, warmup=0))
     optimizer = build_optimizer(model, options)
     materialise_state(optimizer, options)
-    engine = Engine(model, optimizer, World(0, 1, torch.device("cpu")), clip=1.0)
+    engine = Engine(model, optimizer, World(0, 1, torch.device("cpu")), options)
     state = optimizer.state[model[0].weight]
     for factor, updates in ((1.0, 1), (math.nan, 1), (1.0, 2)):
         before = state["average"].clone()

@@ -22,21 +22,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from mm.train.average import AVERAGE, UPDATES
-from mm.train.parallel import World
+from mm.train.parallel import Engine, World
 from mm.train.reading import DamagedCheckpoint, Planner, Reader
 
 POSITION = "position.json"
 WEIGHTS = "model.safetensors"
-BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
-"""Optimizer state by parameter name, so that other parameter groups can load it."""
 
 
 class CheckpointError(RuntimeError):
@@ -78,10 +71,8 @@ class Position:
         return cls(**values | {"finished": tuple(Finished(*stage) for stage in values["finished"])})
 
 
-def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, next_stage: bool = False) -> Position:
-    """Load weights and optimizer state in place, whatever the number of processes that saved them.
-
-    The optimizer's state must exist for every trainable parameter (`mm.train.optim.materialise_state`).
+def load(path: Path, engine: Engine, *, next_stage: bool = False) -> Position:
+    """Load weights and optimizer state in place, whatever the number of processes, or the engine, that saved them.
 
     Args:
         next_stage: other parameters may train than in the checkpoint, by another optimizer. What was not saved keeps
@@ -91,7 +82,7 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, next
         CheckpointError: weights or, within a stage, optimizer state are missing or of another shape.
     """
     position = read_position(path)
-    model_state, optimizer_state = get_state_dict(model, optimizer, options=BY_NAME)
+    model_state, optimizer_state = engine.state_dict()
     _check_names(path, model_state)
     saved = Reader(path).read_metadata().state_dict_metadata
     loadable = {name: value for name, value in optimizer_state.items() if f"optimizer.{name}" in saved}
@@ -106,7 +97,7 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, next
             "without the folder the run goes on from the checkpoint before"
         ) from error
     optimizer_state |= loadable
-    set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state, options=BY_NAME)
+    engine.load_state_dict(model_state, optimizer_state)
     return position
 
 
@@ -226,6 +217,18 @@ def read_position(path: Path) -> Position:
         return Position.read((path / POSITION).read_text())
     except FileNotFoundError:
         raise CheckpointError(f"{path} is no complete checkpoint: it has no {POSITION}") from None
+
+
+def read_updates(path: Path) -> dict[str, int]:
+    """How often AdamW has updated each parameter that it trained, by name."""
+    names = [
+        name.removeprefix("optimizer.")
+        for name in Reader(path).read_metadata().state_dict_metadata
+        if name.startswith("optimizer.state.") and name.endswith(".step")
+    ]
+    counts = {name: torch.zeros(()) for name in names}
+    load_alone({"optimizer": counts}, path)
+    return {name.removeprefix("state.").removesuffix(".step"): int(count) for name, count in counts.items()}
 
 
 def load_alone(state: dict[str, Any], path: Path) -> None:

@@ -38,6 +38,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from mm.configure import RecipeError
 from mm.layers.cross_entropy import CHUNK, CHUNK_ON_CPU
 from mm.media import Item, Waveform, measure
 from mm.model.multimodal import MultimodalLM, build_model
@@ -97,9 +98,15 @@ def footprint(recipe: Recipe, gpus: int) -> Footprint:
     Gradients of an earlier micro-step are there already if a step has several.
 
     Raises:
-        RecipeError: the GPUs do not divide into the groups of `parallel.replicate`.
+        RecipeError: the GPUs do not divide into the groups of `parallel.replicate`, or an option is not counted here.
     """
-    check_parallel(replace(recipe.parallel, offload=False), gpus)  # whether this machine could offload is no matter
+    if recipe.parallel.context > 1 or recipe.parallel.engine != "fsdp2":
+        raise RecipeError(
+            f"mm estimate counts FSDP2 with parallel.context 1, and the recipe has engine {recipe.parallel.engine} and "
+            f"context {recipe.parallel.context}. Leave them out: context divides activations, and ZeRO 3 is like FSDP2"
+        )
+    # whether this machine could offload is no matter
+    check_parallel(replace(recipe.parallel, offload=False), gpus, recipe.packing.capacity)
     micro_steps = recipe.packing.packs_per_batch // (gpus * recipe.micro_batch)
     model = build_model(recipe.model, meta=True).train()
     freeze(model, recipe.optim)

@@ -10,7 +10,7 @@ import errno
 import gc
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
@@ -33,21 +33,14 @@ from mm.train.average import averaged
 from mm.train.checkpoint import Position
 from mm.train.clock import clock_of
 from mm.train.dataset import PlannedData, check_division
+from mm.train.engine import build_engine, check_engine
 from mm.train.faults import Watchdog, out_of_memory_explained, samples_of
 from mm.train.guard import Guard, GuardOptions, Spike
 from mm.train.interrupts import Interrupts, Stopped, leave_to_the_run, seconds_of
 from mm.train.memory import Memory
 from mm.train.meter import JsonLines, Meter, Progress, TensorBoard, Writer, device_peak, training_factors
-from mm.train.optim import build_optimizer, freeze, materialise_state, restore_options, set_learning_rate
-from mm.train.parallel import (
-    Engine,
-    World,
-    check_parallel,
-    join_world,
-    local_world,
-    parallelise,
-    resolve_precision,
-)
+from mm.train.optim import freeze, set_learning_rate
+from mm.train.parallel import World, join_world, local_world, resolve_precision
 from mm.train.parts import trained_parts
 from mm.train.profile import Steps, profiling
 from mm.train.recipe import Recipe
@@ -77,9 +70,9 @@ def train(recipe: Recipe, profiled: Steps | None = None) -> Path:
     """
     interrupts = Interrupts(seconds_of(recipe.time_limit) if recipe.time_limit else None)
     for chosen in recipe.stage_recipes():
-        processes, context = local_world()[1], chosen.parallel.context
-        check_parallel(chosen.parallel, processes, chosen.packing.capacity)
-        check_division(chosen.packing, processes // context, chosen.micro_batch)
+        processes, parallel = local_world()[1], chosen.parallel
+        check_engine(parallel, chosen.optim, processes, chosen.packing.capacity)
+        check_division(chosen.packing, processes // parallel.context, chosen.micro_batch)
     check_installed(recipe.log_to)
     torch.manual_seed(recipe.seed)
     with locked(recipe.folder):
@@ -132,7 +125,7 @@ def run(
     dtype = resolve_precision(recipe.precision, world.device)
     resumed = saver.last
 
-    model = build_model(recipe.model, meta=not world.is_first).train()  # `parallelise` gives the others their weights
+    model = build_model(recipe.model, meta=not world.is_first).train()  # `build_engine` gives the others their weights
     if world.is_first and not resumed:
         if recipe.init_from:
             checkpoint.load_weights(checkpoint.find(recipe.init_from), model)
@@ -141,18 +134,15 @@ def run(
             warm_start(model.to(world.device), batches, data.blueprint.processor.text.end, recipe.warm_start.penalty)
     freeze(model, recipe.optim)
     factors = training_factors(trained_parts(model))
-    parallelise(model, world, dtype, recipe.parallel)
-    optimizer = build_optimizer(model, recipe.optim, dtype)
-    materialise_state(optimizer, recipe.optim)
-    engine = Engine(model, optimizer, world, recipe.optim.clip)
-    saver.prepare(model, optimizer)
+    engine = build_engine(model, world, dtype, recipe.parallel, recipe.optim, resumed)
+    optimizer = engine.optimizer
+    saver.prepare(engine)
 
     position, total = stage.position, stage.end
     if resumed:
         saved = checkpoint.read_position(resumed)
         begins = len(saved.finished) < stage.number
-        checkpoint.load(resumed, model, optimizer, next_stage=begins)
-        restore_options(optimizer, model, recipe.optim)
+        checkpoint.load(resumed, engine, next_stage=begins)
         if begins:
             position = replace(position, tokens=saved.tokens)
         else:
@@ -169,6 +159,7 @@ def run(
     skipped = 0
 
     with (
+        closing(engine),
         writers(whole, world, position, total) as outputs,
         interrupts.heard(),
         Watchdog(folder, world.rank, recipe.watchdog) as watchdog,
@@ -190,7 +181,7 @@ def run(
             totals: list[tuple[Tensor, Tensor]] = []
             for batch in micro_batches:
                 with meter.timed("forward"):
-                    loss, parts = objective.loss(model, batch, denominators, data.names)
+                    loss, parts = objective.loss(engine.model, batch, denominators, data.names)
                 with meter.timed("backward"):
                     engine.backward(loss)
                 totals.append(parts["total"])
@@ -237,7 +228,7 @@ def run(
                 outputs.write(done, figures)
             if saves:
                 with meter.paused():
-                    saver.save(model, optimizer, replace(here, tokens=meter.tokens))
+                    saver.save(engine, replace(here, tokens=meter.tokens))
             with meter.paused():
                 step_profiled()
             if stop:

@@ -11,17 +11,19 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import chain
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -34,8 +36,12 @@ from mm.layers.layout import Share
 from mm.model.decoder import DecoderConfig
 from mm.model.multimodal import MultimodalLM
 from mm.train.activation import Activations, checkpoint_blocks
+from mm.train.optim import OptimOptions, clip_gradients, restore_options
 
 Precision = Literal["auto", "fp32", "bf16"]
+
+BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
+"""Optimizer state by parameter name, so that other parameter groups can load it."""
 
 
 class MissingProcess(RuntimeError):
@@ -46,16 +52,21 @@ class MissingProcess(RuntimeError):
 class ParallelOptions:
     """`parallel:` of a recipe, see docs/parallel.md.
 
+    engine: what shards and updates: fsdp2, or deepspeed, see `mm.train.zero`
+    zero: stage of deepspeed: 1 shards optimizer state over the processes, 2 gradients too, 3 weights too
     context: neighbouring processes that share each stream, for packs that are too long for one, see `mm.layers.context`
     replicate: groups of processes that each hold the whole model once, sharded within the group (HSDP). 1 shards it
         over all processes
     reshard_after_forward: let go of a block's gathered weights after its forward and gather them again for its
         backward: `always`; `never`; `default`, for all but what the backward begins with
-    offload: keep weights, gradients and optimizer state in the host's memory and update there
+    offload: keep weights, gradients and optimizer state in the host's memory and update there; deepspeed leaves the
+        weights that compute where they are
     activations: what blocks keep for their backward, see `mm.train.activation`
     compile: compile the blocks; packs are padded to their capacity so that shapes stay the same
     """
 
+    engine: Literal["fsdp2", "deepspeed"] = "fsdp2"
+    zero: int = 3
     context: int = 1
     replicate: int = 1
     reshard_after_forward: Literal["default", "always", "never"] = "default"
@@ -66,6 +77,13 @@ class ParallelOptions:
     def __post_init__(self) -> None:
         if self.replicate < 1:
             raise RecipeError(f"parallel.replicate is {self.replicate}; it counts copies of the model: at least 1")
+        if self.zero not in (1, 2, 3):
+            raise RecipeError(f"parallel.zero is {self.zero}; ZeRO has the stages 1, 2 and 3")
+        if self.zero != 3 and self.engine != "deepspeed":
+            raise RecipeError(
+                f"parallel.zero is {self.zero}, and {self.engine} shards everything; add `engine: deepspeed` or leave "
+                "it out"
+            )
         if self.context < 1:
             raise RecipeError(f"parallel.context is {self.context}; it counts processes: at least 1")
 
@@ -84,7 +102,7 @@ def check_parallel(options: ParallelOptions, processes: int, capacity: int) -> N
             f"parallel.replicate is {options.replicate}, and {processes} processes do not divide into so many equal "
             f"groups; they do into {fitting}"
         )
-    if options.offload and not torch.cuda.is_available():
+    if options.offload and options.engine == "fsdp2" and not torch.cuda.is_available():
         raise RecipeError(
             "parallel.offload moves weights out of a GPU's memory, and there is no GPU here: they are in the host's "
             "memory already. Leave it out"
@@ -137,13 +155,17 @@ def local_world() -> tuple[int, int]:
 
 
 def leave_world() -> None:
-    """Destroy the process group, and what still holds it.
+    """Destroy the process group, and what still holds it. DeepSpeed keeps groups of its own and forgets them with it.
 
     A sharded model is a cycle of references and holds the group. Threads of gloo that outlive the interpreter take it
     down with SIGABRT ("terminate called without an active exception") after correct work: torchrun reports a failure.
     """
     gc.collect()
-    dist.destroy_process_group()
+    deepspeed = sys.modules.get("deepspeed.comm")
+    if deepspeed is not None and deepspeed.is_initialized():
+        deepspeed.destroy_process_group()
+    else:
+        dist.destroy_process_group()
 
 
 @contextmanager
@@ -195,8 +217,6 @@ def parallelise(model: MultimodalLM, world: World, dtype: torch.dtype, options: 
     that is being sharded. Their own models are best built on the meta device. Freeze before.
     """
     blocks = model.blocks()
-    if options.context > 1:
-        model.decoder.context = join_context(model.decoder.config, world, options.context)
     if options.compile:
         compile_blocks(blocks)
     checkpoint_blocks(blocks, options.activations)
@@ -208,7 +228,7 @@ def parallelise(model: MultimodalLM, world: World, dtype: torch.dtype, options: 
     offload = CPUOffloadPolicy() if options.offload else OffloadPolicy()
 
     def shard(module: nn.Module, policy: MixedPrecisionPolicy, reshard: bool) -> None:
-        receive(module, world)
+        receive(chain(module.parameters(), module.buffers()), world)
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, offload_policy=offload)
 
     # BatchNorm's statistics are float32 and its kernels take no 16-bit parameters beside them, so it computes in
@@ -227,8 +247,8 @@ def parallelise(model: MultimodalLM, world: World, dtype: torch.dtype, options: 
         shard(module, policy, spares and module not in begins_backward)
 
 
-def join_context(config: DecoderConfig, world: World, size: int) -> Context:
-    """The neighbours with which this process shares its streams.
+def join_context(config: DecoderConfig, world: World, size: int) -> Context | None:
+    """The neighbours with which this process shares its streams; None for itself alone.
 
     Raises:
         RecipeError: so many cannot share the decoder's heads.
@@ -237,6 +257,8 @@ def join_context(config: DecoderConfig, world: World, size: int) -> Context:
         check_heads(size, config.heads, config.kv_heads)
     except ValueError as error:
         raise RecipeError(f"parallel.context is {size}: {error}") from error
+    if size == 1:
+        return None
     mesh = init_device_mesh(world.device.type, (world.size // size, size), mesh_dim_names=("reader", "context"))
     return Context(size, mesh.get_group("context"))
 
@@ -250,13 +272,13 @@ def build_mesh(world: World, replicate: int) -> DeviceMesh:
 
 
 @torch.no_grad()
-def receive(module: nn.Module, world: World) -> None:
-    """Put the first process's parameters and buffers into a module, in place, on the device.
+def receive(tensors: Iterable[Tensor], world: World) -> None:
+    """Put the first process's values into parameters and buffers, in place, on the device.
 
     What is sharded already is passed over. Drawing weights anew on every process would need as much memory as this
     process wants to save: initialisation draws for whole modules, one after another.
     """
-    for tensor in chain(module.parameters(), module.buffers()):
+    for tensor in tensors:
         if isinstance(tensor, DTensor):
             continue
         if tensor.is_meta:
@@ -284,12 +306,14 @@ class Engine:
 
     FSDP2 averages gradients over the processes; the loss of a process is its share of a global sum, so it is multiplied
     by their number first.
+
+    model: what is called in training
     """
 
-    model: nn.Module
+    model: Any
     optimizer: torch.optim.Optimizer
     world: World
-    clip: float
+    options: OptimOptions
 
     def backward(self, loss: Tensor) -> None:
         if loss.requires_grad:
@@ -300,12 +324,34 @@ class Engine:
 
         A step with a non-finite gradient changes nothing.
         """
-        from mm.train.optim import clip_gradients
-
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        norm = float(clip_gradients(parameters, self.clip))
+        norm = float(clip_gradients(parameters, self.options.clip))
         finite = norm == norm and norm not in (float("inf"), float("-inf"))
         if finite:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm, finite
+
+    def state_dict(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Weights and optimizer state by name, as checkpoints hold them; all processes ask for it together.
+
+        Tensors are float32, those of parameters and moments sharded by rows.
+        """
+        return get_state_dict(self.model, self.optimizer, options=BY_NAME)  # type: ignore[return-value]
+
+    def load_state_dict(self, weights: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave, here, on other processes or by another engine.
+
+        Options of the optimizer are the recipe's and not those of the saved run.
+        """
+        set_state_dict(
+            self.model,
+            self.optimizer,
+            model_state_dict=dict(weights),
+            optim_state_dict=dict(state),
+            options=BY_NAME,
+        )
+        restore_options(self.optimizer, self.model, self.options)
+
+    def close(self) -> None:
+        """Let go of what would keep the model in memory beyond its stage."""

@@ -22,13 +22,10 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.tensor import DTensor
 
 from mm.train.checkpoint import (
-    BY_NAME,
     POSITION,
     CheckpointError,
     Position,
@@ -37,7 +34,7 @@ from mm.train.checkpoint import (
     read_position,
     root_cause,
 )
-from mm.train.parallel import World
+from mm.train.parallel import Engine, World
 from mm.train.recipe import Recipe
 
 T = TypeVar("T")
@@ -72,13 +69,13 @@ class Saver:
         self._seconds = 0.0
         self._bytes = 0
 
-    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def prepare(self, engine: Engine) -> None:
         """Remove what a killed run left half-written, and see that a checkpoint of this state could be saved.
 
         Raises:
             CheckpointError: the folder is not writable or has no space for one.
         """
-        self._bytes, here = _state_bytes(model, optimizer)
+        self._bytes, here = _state_bytes(engine)
         self._seconds = self._seconds or here / GUESSED_SPEED
 
         def look() -> None:
@@ -95,7 +92,7 @@ class Saver:
         with self._told(self._folder):
             self._on_first(look)
 
-    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, position: Position) -> None:
+    def save(self, engine: Engine, position: Position) -> None:
         """Begin a checkpoint, when the one before is done. The state may change as soon as this returns.
 
         Raises:
@@ -105,7 +102,7 @@ class Saver:
         began = time.monotonic()
         final = self._folder / f"step-{position.step:08d}"
         partial = self._folder / f".{final.name}.partial"
-        weights, moments = get_state_dict(model, optimizer, options=BY_NAME)
+        weights, moments = engine.state_dict()
         state: dict[str, Any] = {"model": weights, "optimizer": moments}
 
         def complete(write: Callable[[], Any]) -> Saved:
@@ -263,10 +260,9 @@ def _is_before(there: Position, step: int, here: Position) -> bool:
     return there.step <= step and (there.plan, len(there.finished)) == (here.plan, len(here.finished))
 
 
-def _state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, int]:
+def _state_bytes(engine: Engine) -> tuple[int, int]:
     """Bytes of weights and optimizer state: of all ranks together, and of this one."""
-    tensors = [*model.state_dict().values()]
-    tensors += [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    tensors = [value for part in engine.state_dict() for value in part.values() if torch.is_tensor(value)]
     return (
         sum(tensor.nbytes for tensor in tensors),
         sum((tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes for tensor in tensors),
