@@ -26,7 +26,7 @@ from benchmarks.lengths import mixed_lengths
 from benchmarks.train import QUICK, Arm, Load, Sizes, build_ours, make_documents, packed_arm
 from mm.packing.batch import Batch
 from mm.train.clock import PHASES, Phase
-from mm.train.memory import Memory
+from mm.train.memory import Memory, held_bytes
 from mm.train.meter import JsonLines, Meter, Peak, Progress, TensorBoard, Writer, training_factors
 from mm.train.parts import trained_parts
 
@@ -39,7 +39,8 @@ class Logged:
 
     def __init__(self, arm: Arm, folder: Path, every: int) -> None:
         peak = Peak(1e12, "made up: measuring it is not part of a step", "mfu")
-        memory = Memory(arm.model, arm.optimizer, torch.device("cpu"))
+        cpu = torch.device("cpu")
+        memory = Memory(cpu, held_bytes(arm.model, arm.optimizer, cpu))
         names = ["total", *(f"source/{number}" for number in range(8))]
         self.meter = Meter(names, training_factors(trained_parts(arm.model)), peak, memory=memory)
         self.terminal = Progress(1_000_000, console=Console(file=io.StringIO()))

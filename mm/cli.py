@@ -293,7 +293,7 @@ def consolidate_checkpoint(path: Checkpoint, out: ExportFolder) -> None:
 
 @app.command()
 def report(run: Run, out: Annotated[Path, typer.Argument(help="the page to write")] = Path("report.html")) -> None:
-    """Write a page with a run's loss curves, throughput, recipe and versions."""
+    """Write a page with a run's loss curves, throughput, where time and memory go, recipe and versions."""
     from mm.report.run import report_of_run
 
     out.write_text(report_of_run(run), encoding="utf-8")

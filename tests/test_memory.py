@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from mm.train.memory import Memory, peak_resident
+from mm.train.memory import Memory, held_bytes, peak_resident
 from mm.train.meter import Meter, Peak
 from mm.train.optim import OptimOptions, Part, build_optimizer, freeze, materialise_state
 from tests.small_world import environment, losses, tiny_model, train_here, train_together, write_recipe
@@ -24,7 +24,7 @@ def memory_of(options: OptimOptions) -> tuple[nn.Module, Memory]:
     freeze(model, options)
     optimizer = build_optimizer(model, options)
     materialise_state(optimizer, options)
-    return model, Memory(model, optimizer, CPU)
+    return model, Memory(CPU, held_bytes(model, optimizer, CPU))
 
 
 def floats(model: nn.Module, trained: bool = False) -> int:
@@ -49,8 +49,8 @@ def test_gradients_are_as_large_as_a_backward_makes_them():
 
 def test_what_is_on_another_device_is_not_counted():
     model, _ = memory_of(OptimOptions())
-    memory = Memory(model, torch.optim.AdamW(model.parameters()), torch.device("meta"))
-    assert set(memory.held.values()) == {0}
+    held = held_bytes(model, torch.optim.AdamW(model.parameters()), torch.device("meta"))
+    assert set(held.values()) == {0}
 
 
 def test_the_peak_is_of_this_process_and_stays_when_memory_is_freed():

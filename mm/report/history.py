@@ -135,9 +135,15 @@ class History:
         return {phase: [value or 0.0 for value in self._column(f"time/{phase}")] for phase in self.throughput.time}
 
     @property
+    def peak_memory(self) -> float | None:
+        """Bytes of the process that has needed most."""
+        return max((size for _, size in self.points("memory/peak")), default=None)
+
+    @property
     def memory(self) -> dict[str, float]:
-        """Bytes by part at the end of the run, which add up to its peak."""
-        return {part: size for part in MEMORY if (size := self.reports[-1].get(f"memory/{part}"))}
+        """Bytes by part when the most was needed, which add up to it; nothing where they are not known."""
+        heaviest = max(self.reports, key=lambda report: report.get("memory/peak") or 0.0)
+        return {part: size for part in MEMORY if (size := heaviest.get(f"memory/{part}"))}
 
     @property
     def parts_of_loss(self) -> dict[str, tuple[list[Point], list[Point]]]:

@@ -165,7 +165,7 @@ def _facts(histories: Sequence[History]) -> dict[str, list[str]]:
         "Tokens per second": [f"{rate.tokens_per_second:,.0f}" for rate in rates],
         "Fill of the packs": [percent(rate.fill) for rate in rates],
         "Time waiting for data": [percent(rate.time.get("data", 0.0)) for rate in rates],
-        "Peak memory of a process": [f"{short(sum(h.memory.values()))}B" if h.memory else "–" for h in histories],
+        "Peak memory of a process": [f"{short(h.peak_memory)}B" if h.peak_memory else "–" for h in histories],
         "FLOP/s": [short(rate.flops_per_second) for rate in rates],
     }
     for name, label in (("mfu", "MFU (of the data sheet)"), ("mfu_of_measured", "Share of a measured product")):

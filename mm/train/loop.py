@@ -151,7 +151,7 @@ def run(
     reader, share = world.reader(recipe.parallel.context), world.share(recipe.parallel.context)
     micro_steps = recipe.packing.packs_per_batch // (reader.count * recipe.micro_batch)
     peak, clock = device_peak(world.device, dtype), clock_of(world.device)
-    memory = Memory(model, optimizer, world.device)
+    memory = Memory(world.device, engine.held())
     meter = Meter(loss_names(data), factors, peak, world.sum, position.tokens, clock, memory, world.max)
     ledger = Ledger(folder, recipe.data.max_broken, writes=share.index == 0)
     seen = Seen(folder / "seen", world, position.step + 1, writes=share.index == 0)

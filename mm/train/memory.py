@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -14,29 +15,36 @@ from torch.distributed.tensor import DTensor
 MemoryPart = Literal["parameters", "gradients", "optimizer"]
 
 
+@dataclass(frozen=True)
 class Memory:
-    """Bytes of this process on the device that computes; those of its shards, where tensors are sharded.
+    """Memory of this process on the device that computes.
 
-    held: parameters, gradients of those that train, and the optimizer's state. Their sizes do not change as a run
-        goes on, so they are counted once, after `materialise_state`. What is offloaded to the host's memory is not on
-        the device
+    held: bytes by part, see `held_bytes`; nothing where the parts are not known
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-        parameters = list(model.parameters())
-        states = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
-        self._device = device
-        self.held: dict[MemoryPart, int] = {
-            "parameters": _bytes_on(device, parameters),
-            "gradients": _bytes_on(device, (parameter for parameter in parameters if parameter.requires_grad)),
-            "optimizer": _bytes_on(device, states),
-        }
+    device: torch.device
+    held: Mapping[MemoryPart, int]
 
     def peak(self) -> int:
         """The most that was allocated at once since the process began: on a GPU by torch, else resident in all."""
-        if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device)
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
         return peak_resident()
+
+
+def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> dict[MemoryPart, int]:
+    """Bytes of parameters, gradients of those that train, and optimizer state on a device, of this process's shards.
+
+    Their sizes do not change as a run goes on, so they are counted once, after `materialise_state`. What is offloaded
+    to the host's memory is not on the device.
+    """
+    parameters = list(model.parameters())
+    states = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    return {
+        "parameters": _bytes_on(device, parameters),
+        "gradients": _bytes_on(device, (parameter for parameter in parameters if parameter.requires_grad)),
+        "optimizer": _bytes_on(device, states),
+    }
 
 
 def peak_resident() -> int:

@@ -244,12 +244,10 @@ class Meter:
 def _memory_figures(memory: Memory, largest: Callable[[list[float]], list[float]]) -> dict[str, float]:
     """The peak and what is held all the time, each of the process with most of it."""
     peak, *held = largest([float(memory.peak()), *map(float, memory.held.values())])
-    parts = dict(zip(memory.held, held, strict=True))
-    return {
-        "memory/peak": peak,
-        **{f"memory/{part}": size for part, size in parts.items()},
-        "memory/rest": max(0.0, peak - sum(held)),
-    }
+    parts = {f"memory/{part}": size for part, size in zip(memory.held, held, strict=True)}
+    if parts:
+        parts["memory/rest"] = max(0.0, peak - sum(held))
+    return {"memory/peak": peak, **parts}
 
 
 def _figures(sums: Mapping[str, float], names: Sequence[str], steps: int, peak: Peak) -> dict[str, float]:

@@ -36,6 +36,7 @@ from mm.layers.layout import Share
 from mm.model.decoder import DecoderConfig
 from mm.model.multimodal import MultimodalLM
 from mm.train.activation import Activations, checkpoint_blocks
+from mm.train.memory import MemoryPart, held_bytes
 from mm.train.optim import OptimOptions, clip_gradients, restore_options
 
 Precision = Literal["auto", "fp32", "bf16"]
@@ -331,6 +332,10 @@ class Engine:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm, finite
+
+    def held(self) -> dict[MemoryPart, int]:
+        """Bytes by part that this process holds on its device all the time."""
+        return held_bytes(self.model, self.optimizer, self.world.device)
 
     def state_dict(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Weights and optimizer state by name, as checkpoints hold them; all processes ask for it together.

@@ -28,6 +28,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mm.configure import RecipeError
 from mm.model.multimodal import MultimodalLM
 from mm.train.activation import checkpoint_blocks
+from mm.train.memory import MemoryPart
 from mm.train.muon import fresh_state
 from mm.train.optim import OptimOptions, parameter_groups
 from mm.train.parallel import Engine, ParallelOptions, World, receive
@@ -83,6 +84,10 @@ class ZeroEngine(Engine):
             for group in self.optimizer.param_groups:
                 group["updates"] += 1
         return float(self.model.get_global_grad_norm()), finite
+
+    def held(self) -> dict[MemoryPart, int]:
+        """Nothing is told by part: partitions, their gradients and buffers are DeepSpeed's own."""
+        return {}
 
     @torch.no_grad()
     def state_dict(self) -> tuple[dict[str, Any], dict[str, Any]]:
