@@ -1,11 +1,18 @@
-"""Fixtures that several test files share, made once a session of what `tests.small_world` writes."""
+"""Fixtures that several test files share, made once a session of what `tests.small_world` writes.
+
+The processes of pytest-xdist share them too: the first that needs one makes it, and others wait.
+"""
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from filelock import FileLock
 
 from mm.tokenizers.text import TextTokenizer
 from tests.small_world import FORMS, fork_run, train_here, train_together, write_recipe, write_source, write_tokenizer
@@ -14,19 +21,43 @@ LONG = ("steps=200", "save_every=100", "validate_every=100", "packing.batch=2")
 
 
 @pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Card of every source, and of a held-out one, by name."""
-    folder = tmp_path_factory.mktemp("corpus")
-    cards = {source: write_source(folder, source, rows=24) for source in FORMS}
-    held_out = folder / "held_out"
-    held_out.mkdir()
-    return cards | {"held_out": write_source(held_out, "pages", rows=5, shards=1)}
+def session_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all processes that run tests of this session."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "session"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def once(folder: Path, make: Callable[[Path], object]) -> Path:
+    """A folder that `make` fills, the first time that it is asked for."""
+    done = folder.with_name(f"{folder.name}.done")
+    with FileLock(folder.with_name(f"{folder.name}.lock")):
+        if not done.exists():
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
 
 
 @pytest.fixture(scope="session")
-def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def corpus(session_folder: Path) -> dict[str, Path]:
+    """Card of every source, and of a held-out one, by name."""
+
+    def make(folder: Path) -> None:
+        (folder / "held_out").mkdir()
+        cards = {source: write_source(folder, source, rows=24) for source in FORMS}
+        cards["held_out"] = write_source(folder / "held_out", "pages", rows=5, shards=1)
+        (folder / "cards.json").write_text(json.dumps({name: str(card) for name, card in cards.items()}))
+
+    folder = once(session_folder / "corpus", make)
+    return {name: Path(card) for name, card in json.loads((folder / "cards.json").read_text()).items()}
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(session_folder: Path) -> Path:
     """See `write_tokenizer`."""
-    return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    return once(session_folder / "tokenizer", write_tokenizer)
 
 
 @pytest.fixture(scope="session")
@@ -54,32 +85,34 @@ class Runs(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def recipe(tmp_path_factory: pytest.TempPathFactory, corpus: dict[str, Path], tokenizer_folder: Path) -> Path:
-    return write_recipe(tmp_path_factory.mktemp("recipe"), corpus, tokenizer_folder)
+def recipe(session_folder: Path, corpus: dict[str, Path], tokenizer_folder: Path) -> Path:
+    folder = once(session_folder / "recipe", lambda folder: write_recipe(folder, corpus, tokenizer_folder))
+    return folder / "recipe.yaml"
 
 
 @pytest.fixture(scope="session")
-def one(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def one(recipe: Path, session_folder: Path) -> Path:
     """See `Runs`."""
-    return train_here(recipe, f"run={tmp_path_factory.mktemp('one')}", *LONG)
+    return once(session_folder / "one", lambda folder: train_here(recipe, f"run={folder}", *LONG))
 
 
 @pytest.fixture(scope="session")
-def runs(recipe: Path, one: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    folder = tmp_path_factory.mktemp("runs")
-    two, shared, bf16 = folder / "two", folder / "shared", folder / "bf16"
-    grown = fork_run(one, folder / "grown", step=100)
-    train_together(
-        folder,
-        2,
-        [
-            [str(recipe), f"run={two}", *LONG],
-            [str(recipe), f"run={grown}", *LONG, "steps=110"],
-            [str(recipe), f"run={shared}", "steps=8"],
-            [str(recipe), f"run={bf16}", "steps=8", "precision=bf16"],
-        ],
-    )
-    shrunk = fork_run(two, folder / "shrunk", step=100)
-    train_here(recipe, f"run={shrunk}", *LONG, "steps=110")
-    whole = train_here(recipe, f"run={folder / 'whole'}", "steps=8")
-    return Runs(recipe, one, two, grown, shrunk, whole, shared, bf16)
+def runs(recipe: Path, one: Path, session_folder: Path) -> Runs:
+    def make(folder: Path) -> None:
+        grown = fork_run(one, folder / "grown", step=100)
+        train_together(
+            folder,
+            2,
+            [
+                [str(recipe), f"run={folder / 'two'}", *LONG],
+                [str(recipe), f"run={grown}", *LONG, "steps=110"],
+                [str(recipe), f"run={folder / 'shared'}", "steps=8"],
+                [str(recipe), f"run={folder / 'bf16'}", "steps=8", "precision=bf16"],
+            ],
+        )
+        shrunk = fork_run(folder / "two", folder / "shrunk", step=100)
+        train_here(recipe, f"run={shrunk}", *LONG, "steps=110")
+        train_here(recipe, f"run={folder / 'whole'}", "steps=8")
+
+    folder = once(session_folder / "runs", make)
+    return Runs(recipe, one, *(folder / name for name in Runs._fields[2:]))

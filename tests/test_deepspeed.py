@@ -53,6 +53,8 @@ ON_TWO: dict[str, tuple[str, ...]] = {
     "zero 1": (*zero(1), *SAVED),
     "zero 2": (*zero(2), *SAVED),
     "zero 3": (*zero(3), *SAVED),
+}
+ALSO_ON_TWO: dict[str, tuple[str, ...]] = {
     "zero 2, optimizer on the host": (*zero(2), *SAVED, "parallel.offload=true"),
     "zero 3, optimizer on the host, blocks keep their input": (
         *(*zero(3), *SAVED),
@@ -69,9 +71,18 @@ ON_TWO: dict[str, tuple[str, ...]] = {
 @pytest.fixture(scope="module")
 def together(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Runs on two processes, by name."""
-    folder = tmp_path_factory.mktemp("together")
-    runs = {name: folder / name.replace(" ", "-") for name in ON_TWO}
-    train_together(folder, 2, [[str(recipe), f"run={runs[name]}", *changes] for name, changes in ON_TWO.items()])
+    return on_two(recipe, tmp_path_factory.mktemp("together"), ON_TWO)
+
+
+@pytest.fixture(scope="module")
+def more(recipe: Path, together: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same and others, for the slow tests."""
+    return together | on_two(recipe, tmp_path_factory.mktemp("more"), ALSO_ON_TWO)
+
+
+def on_two(recipe: Path, folder: Path, changed: dict[str, tuple[str, ...]]) -> dict[str, Path]:
+    runs = {name: folder / name.replace(" ", "-") for name in changed}
+    train_together(folder, 2, [[str(recipe), f"run={runs[name]}", *changes] for name, changes in changed.items()])
     return runs
 
 
@@ -90,6 +101,12 @@ def test_two_processes_of_deepspeed_train_as_those_of_fsdp2(together: dict[str, 
     same_course(together[name], together["fsdp2"])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in ALSO_ON_TWO if name.startswith("zero")])
+def test_so_they_do_with_the_optimizer_on_the_host(more: dict[str, Path], name: str) -> None:
+    same_course(more[name], more["fsdp2"])
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_one_process_without_a_launcher_trains_as_two(
     recipe: Path, together: dict[str, Path], tmp_path: Path, stage: int
@@ -97,14 +114,16 @@ def test_one_process_without_a_launcher_trains_as_two(
     same_course(train_here(recipe, f"run={tmp_path}", *zero(stage), *SAVED), together["fsdp2"])
 
 
-def test_frozen_parts_and_rates_and_decay_of_parts_hold(together: dict[str, Path]) -> None:
-    same_course(together["parts, zero 3"], together["parts, fsdp2"])
-    assert losses(together["parts, fsdp2"])[10] != pytest.approx(losses(together["fsdp2"])[10], rel=1e-2)
+@pytest.mark.slow
+def test_frozen_parts_and_rates_and_decay_of_parts_hold(more: dict[str, Path]) -> None:
+    same_course(more["parts, zero 3"], more["parts, fsdp2"])
+    assert losses(more["parts, fsdp2"])[10] != pytest.approx(losses(more["fsdp2"])[10], rel=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
-def test_in_16_bits_the_losses_are_those_of_fsdp2_to_their_rounding(together: dict[str, Path], stage: int) -> None:
-    same_course(together[f"bf16, zero {stage}"], together["bf16, fsdp2"], rel=1e-3)
+def test_in_16_bits_the_losses_are_those_of_fsdp2_to_their_rounding(more: dict[str, Path], stage: int) -> None:
+    same_course(more[f"bf16, zero {stage}"], more["bf16, fsdp2"], rel=1e-3)
 
 
 Course = list[tuple[float, float, bool, bool]]
@@ -204,15 +223,24 @@ def test_a_step_that_is_skipped_is_noted_and_the_run_goes_on_as_with_fsdp2(recip
 # -------------------------------------------------------------------------------------------------------- checkpoints
 
 
-@pytest.mark.parametrize("name", ["zero 1", "zero 2", "zero 3", "parts, zero 3"])
+@pytest.mark.parametrize("name", ["zero 1", "zero 2", "zero 3"])
 def test_a_checkpoint_holds_what_one_of_fsdp2_holds(together: dict[str, Path], name: str) -> None:
-    reference = contents(checkpoint.find(together["parts, fsdp2" if "parts" in name else "fsdp2"]))
-    found = contents(checkpoint.find(together[name]))
+    same_contents(together[name], together["fsdp2"])
+
+
+@pytest.mark.slow
+def test_so_it_does_with_frozen_parts(more: dict[str, Path]) -> None:
+    same_contents(more["parts, zero 3"], more["parts, fsdp2"])
+
+
+def same_contents(run: Path, other: Path) -> None:
+    found, reference = contents(checkpoint.find(run)), contents(checkpoint.find(other))
     assert found.keys() == reference.keys()
     for key, tensor in reference.items():
         torch.testing.assert_close(found[key], tensor, rtol=1e-3, atol=2e-5, msg=key)
 
 
+@pytest.mark.slow
 def test_frozen_weights_keep_every_bit_in_16_bits(recipe: Path, together: dict[str, Path], tmp_path: Path) -> None:
     changes = (*zero(3), "precision=bf16", PARTS, "steps=1", f"init_from={checkpoint.find(together['zero 3'])}")
     saved = contents(checkpoint.find(train_here(recipe, f"run={tmp_path}", *changes)))
@@ -238,10 +266,10 @@ CONTINUED = [
 
 
 @pytest.fixture(scope="module")
-def continued(recipe: Path, together: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def continued(recipe: Path, more: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """What became of each of `CONTINUED`."""
     folder = tmp_path_factory.mktemp("continued")
-    runs = [fork_run(together[name], folder / str(number), 5) for number, (name, _, _) in enumerate(CONTINUED)]
+    runs = [fork_run(more[name], folder / str(number), 5) for number, (name, _, _) in enumerate(CONTINUED)]
     jobs = list(zip(runs, CONTINUED, strict=True))
     train_together(
         folder, 2, [[str(recipe), f"run={run}", *SAVED, *changes] for run, (_, changes, size) in jobs if size == 2]
@@ -252,12 +280,22 @@ def continued(recipe: Path, together: dict[str, Path], tmp_path_factory: pytest.
     return runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(CONTINUED)))
 def test_either_engine_goes_on_from_the_other_s_checkpoint_on_any_number_of_processes(
-    together: dict[str, Path], continued: list[Path], number: int
+    more: dict[str, Path], continued: list[Path], number: int
 ) -> None:
     name = CONTINUED[number][0]
-    same_course(continued[number], together[name], rel=1e-3 if "bf16" in name else 1e-5)
+    same_course(continued[number], more[name], rel=1e-3 if "bf16" in name else 1e-5)
+
+
+@pytest.mark.parametrize(("name", "changes"), [("zero 3", ()), ("fsdp2", zero(3))])
+def test_either_engine_goes_on_from_the_other_s_checkpoint_of_two_processes_on_one(
+    recipe: Path, together: dict[str, Path], tmp_path: Path, name: str, changes: tuple[str, ...]
+) -> None:
+    run = fork_run(together[name], tmp_path / "run", 5)
+    train_here(recipe, f"run={run}", *SAVED, *changes)
+    same_course(run, together[name])
 
 
 def test_exports_are_the_same(together: dict[str, Path], tmp_path: Path) -> None:
@@ -275,6 +313,7 @@ def test_checkpoints_are_listed_and_verified(together: dict[str, Path]) -> None:
     assert verify(checkpoint.find(together["zero 3"])).findings == ()
 
 
+@pytest.mark.slow
 def test_a_stage_that_trains_more_goes_on_as_with_fsdp2(recipe: Path, tmp_path: Path) -> None:
     """What begins to train has had no update where the rest has had some: AdamW corrects its bias by their number."""
     stages = "stages=[{steps: 5, optim: {parts: [{match: ^decoder, freeze: true}]}}, {steps: 5%s}]"

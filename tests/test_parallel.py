@@ -53,13 +53,19 @@ def plain(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def together(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Runs on two and on four processes, by name, and `from scratch`, which saved the weights it began with."""
-    folder = tmp_path_factory.mktemp("together")
-    runs = {name: folder / name.replace(" ", "-") for name in (*ON_TWO, *ON_FOUR, "from scratch")}
-    changes = {name: [str(recipe), f"run={run}", STEPS] for name, run in runs.items()}
-    two = [[*changes[name], *options] for name, options in ON_TWO.items()]
-    train_together(folder, 2, [*two, [*changes["from scratch"], *FROM_SCRATCH]])
-    train_together(folder, 4, [[*changes[name], *options] for name, options in ON_FOUR.items()])
+    """Runs on two processes, by name, and `from scratch`, which saved the weights it began with."""
+    return run_on(2, recipe, tmp_path_factory.mktemp("two"), ON_TWO | {"from scratch": FROM_SCRATCH})
+
+
+@pytest.fixture(scope="module")
+def on_four(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return run_on(4, recipe, tmp_path_factory.mktemp("four"), ON_FOUR)
+
+
+def run_on(processes: int, recipe: Path, folder: Path, changed: dict[str, tuple[str, ...]]) -> dict[str, Path]:
+    runs = {name: folder / name.replace(" ", "-") for name in changed}
+    jobs = [[str(recipe), f"run={runs[name]}", STEPS, *options] for name, options in changed.items()]
+    train_together(folder, processes, jobs)
     return runs
 
 
@@ -72,15 +78,26 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 # ---------------------------------------------------------------------------------------------------------- sharding
 
 
-@pytest.mark.parametrize("name", [*ON_TWO, *[name for name in ON_FOUR if "Muon" not in name]])
-def test_several_processes_train_as_one(plain: Path, together: dict[str, Path], name: str) -> None:
-    assert losses(together[name]) == pytest.approx(losses(plain), rel=1e-5)
-    assert losses(together[name], "gradient_norm") == pytest.approx(losses(plain, "gradient_norm"), rel=1e-4)
+@pytest.mark.parametrize("name", ON_TWO)
+def test_two_processes_train_as_one(plain: Path, together: dict[str, Path], name: str) -> None:
+    same_course(together[name], plain)
 
 
-def test_muon_on_groups_of_processes_trains_as_on_one(recipe: Path, together: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in ON_FOUR if "Muon" not in name])
+def test_four_processes_train_as_one(plain: Path, on_four: dict[str, Path], name: str) -> None:
+    same_course(on_four[name], plain)
+
+
+def same_course(run: Path, plain: Path) -> None:
+    assert losses(run) == pytest.approx(losses(plain), rel=1e-5)
+    assert losses(run, "gradient_norm") == pytest.approx(losses(plain, "gradient_norm"), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_muon_on_groups_of_processes_trains_as_on_one(recipe: Path, on_four: dict[str, Path], tmp_path: Path) -> None:
     alone = train_here(recipe, f"run={tmp_path}", STEPS, "optim.kind=muon")
-    assert losses(together["two groups of two, Muon"]) == pytest.approx(losses(alone), rel=1e-5)
+    assert losses(on_four["two groups of two, Muon"]) == pytest.approx(losses(alone), rel=1e-5)
 
 
 def test_sharded_weights_begin_as_those_of_one_process_bit_by_bit(recipe: Path, together: dict[str, Path]) -> None:

@@ -44,7 +44,9 @@ def contents(path: Path) -> dict[str, torch.Tensor]:
 # -------------------------------------------------------------------------------------------------- in the background
 
 
-@pytest.mark.parametrize("processes", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "processes", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_saving_in_the_background_changes_no_bit(recipe: Path, tmp_path: Path, processes: int) -> None:
     runs = [tmp_path / "background", tmp_path / "foreground"]
     changes = ["steps=6", "save_every=1", "optim.average={}"]

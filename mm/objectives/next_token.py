@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mm.packing.batch import IGNORE, Batch
@@ -42,22 +43,23 @@ class NextToken:
 
 
 def weighted_sums(batch: Batch, nll: Tensor, sources: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
-    """(Σwℓ, Σw) in total, per modality of the label and per source, float64 on the CPU.
+    """(Σwℓ, Σw) in total, per modality of the label and per source, float64 on the device; nothing is waited for.
 
     Args:
         nll: (L,) loss of the L positions that bear a label, in stream order.
     """
-    predicting = (batch.labels.cpu() != IGNORE).nonzero().squeeze(1)
-    nll, weights = nll.double().cpu(), batch.weights.cpu().double()[predicting]
-    modality = batch.modality.cpu()[predicting + 1]  # the label is the next token of the same document
-    source = batch.rows[batch.document_of_token()[predicting], 0]
+    predicting = (batch.labels != IGNORE).nonzero().squeeze(1)
+    weights = batch.weights.double()[predicting]
+    pairs = torch.stack([weights * nll.detach().double(), weights])  # (2, L)
+    modality = batch.modality[predicting + 1].long()  # the label is the next token of the same document
+    source = batch.rows[:, 0].clamp(min=0)[batch.document_of_token()]  # padding bears no label
+    source = source.to(nll.device, non_blocking=True)[predicting]
 
-    def pair(chosen: Tensor) -> tuple[Tensor, Tensor]:
-        return (weights * nll)[chosen].sum(), weights[chosen].sum()
+    def sums_by(kind: Tensor, kinds: int) -> Tensor:
+        """(kinds, 2); a product, since atomic additions on a GPU would round in another order every time."""
+        return F.one_hot(kind, kinds).double().T @ pairs.T
 
-    sums = {"total": pair(torch.ones_like(modality, dtype=torch.bool))}
-    for number in modality.unique().tolist():
-        sums[f"modality/{Modality(number).label}"] = pair(modality == number)
-    for number in source.unique().tolist():
-        sums[f"source/{sources[number]}"] = pair(source == number)
-    return sums
+    names = [f"modality/{modality.label}" for modality in Modality] + [f"source/{name}" for name in sources]
+    sums = torch.cat([sums_by(modality, len(Modality)), sums_by(source, len(sources))])
+    weighted, weight = pairs.sum(1)
+    return {"total": (weighted, weight)} | {name: (pair[0], pair[1]) for name, pair in zip(names, sums, strict=True)}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import faulthandler
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -19,9 +19,13 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from mm.packing.batch import Batch
 from mm.train.dataset import PlannedData
 from mm.train.parallel import World
+from mm.train.records import Ledger
 from mm.train.stages import RunError
+
+NON_FINITE_IN_A_ROW = 5
 
 
 class Watchdog:
@@ -75,6 +79,32 @@ def samples_of(rows: Iterable[Tensor], data: PlannedData) -> list[str]:
         for source, shard, row in of_batch.tolist()
         if source >= 0
     ]
+
+
+class Skips:
+    """Updates that a gradient that is not finite has prevented: named in the ledger, and not without end."""
+
+    def __init__(self, ledger: Ledger, data: PlannedData) -> None:
+        self._ledger, self._data = ledger, data
+        self._in_a_row = 0
+
+    def add(self, step: int, finite: bool, batches: Sequence[Batch]) -> None:
+        """Count a step, done or skipped.
+
+        Raises:
+            RunError: too many were skipped in a row.
+        """
+        if finite:
+            self._in_a_row = 0
+            return
+        self._in_a_row += 1
+        names = samples_of((batch.rows for batch in batches), self._data)
+        self._ledger.note(f"step {step}: the gradient is not finite, the update was skipped", samples=names)
+        if self._in_a_row >= NON_FINITE_IN_A_ROW:
+            raise RunError(
+                f"the gradient was not finite in {self._in_a_row} steps in a row, up to step {step}; lower optim.lr, "
+                "raise schedule.warmup, or look at the samples: RUN/ledger.jsonl, mm inspect RUN --step N"
+            )
 
 
 @contextmanager

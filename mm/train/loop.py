@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import errno
 import gc
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from filelock import FileLock, Timeout
@@ -34,25 +33,23 @@ from mm.train.checkpoint import Position
 from mm.train.clock import clock_of
 from mm.train.dataset import PlannedData, check_division
 from mm.train.engine import build_engine, check_engine
-from mm.train.faults import Watchdog, out_of_memory_explained, samples_of
+from mm.train.faults import Skips, Watchdog, out_of_memory_explained, samples_of
 from mm.train.guard import Guard, GuardOptions, Spike
 from mm.train.interrupts import Interrupts, Stopped, leave_to_the_run, seconds_of
 from mm.train.memory import Memory
-from mm.train.meter import JsonLines, Meter, Progress, TensorBoard, Writer, device_peak, training_factors
+from mm.train.meter import Meter, device_peak, training_factors
 from mm.train.optim import freeze, set_learning_rate
 from mm.train.parallel import World, join_world, local_world, resolve_precision
 from mm.train.parts import trained_parts
 from mm.train.profile import Steps, profiling
 from mm.train.recipe import Recipe
+from mm.train.records import Ledger, Seen, writers
 from mm.train.saving import Saver, saving
 from mm.train.schedule import learning_rate_factor
 from mm.train.stages import RunError, Stage, open_stages
-from mm.train.trackers import Trackio, WandB, check_installed
-from mm.train.versions import versions
+from mm.train.trackers import check_installed
 from mm.train.warm_start import warm_start
 
-FORGIVEN = 8  # broken samples that no run stops for, however short it is
-NON_FINITE_IN_A_ROW = 5
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
@@ -156,7 +153,7 @@ def run(
     ledger = Ledger(folder, recipe.data.max_broken, writes=share.index == 0)
     seen = Seen(folder / "seen", world, position.step + 1, writes=share.index == 0)
     guard = Guard(recipe.guard, folder, position.step + 1, writes=world.is_first) if recipe.guard else None
-    skipped = 0
+    skips = Skips(ledger, data)
 
     with (
         closing(engine),
@@ -193,18 +190,9 @@ def run(
             with meter.timed("optimizer"):
                 norm, finite = engine.step()
             meter.end_step(norm, recipe.optim.lr * factor)
-            seen.add(step + 1, micro_batches)
-            skipped = 0 if finite else skipped + 1
-            if skipped:
-                names = samples_of((batch.rows for batch in micro_batches), data)
-                ledger.note(f"step {step + 1}: the gradient is not finite, the update was skipped", samples=names)
-            if skipped >= NON_FINITE_IN_A_ROW:
-                raise RunError(
-                    f"the gradient was not finite in {skipped} steps in a row, up to step {step + 1}; lower optim.lr, "
-                    f"raise schedule.warmup, or look at the samples: {folder / 'ledger.jsonl'}, mm inspect RUN --step N"
-                )
-
             done = step + 1
+            seen.add(done, micro_batches)
+            skips.add(done, finite, micro_batches)
             here = replace(position, step=done, packs=stage.packs_at(done))
             watchdog.feed()
             outputs.advance()
@@ -358,105 +346,3 @@ def locked(folder: Path) -> Iterator[None]:
             f"could not write to {error.filename or folder}: {error.strerror}. Checkpoints are intact; free some "
             "space, make the folder writable or set `run:` to another, and repeat the command to go on from the last"
         ) from error
-
-
-class Outputs:
-    """All writers of the first process; nothing on the others."""
-
-    def __init__(self, outputs: list[Writer], terminal: Progress | None) -> None:
-        self._outputs, self._terminal = outputs, terminal
-
-    def advance(self) -> None:
-        if self._terminal:
-            self._terminal.advance()
-
-    def write(self, step: int, figures: Mapping[str, float]) -> None:
-        for output in self._outputs:
-            output.write(step, figures)
-
-
-@contextmanager
-def writers(recipe: Recipe, world: World, position: Position, total: int) -> Iterator[Outputs]:
-    """Console, ``metrics.jsonl`` and what `log_to` names; resolved recipe and versions are written beside them."""
-    if not world.is_first:
-        yield Outputs([], None)
-        return
-    folder = recipe.folder
-    (folder / "recipe.yaml").write_text(configure.to_yaml(recipe), encoding="utf-8")
-    (folder / "versions.json").write_text(json.dumps(versions(), indent=1), encoding="utf-8")
-    first = position.step + 1
-    terminal = Progress(total, position.step)
-    outputs: list[Writer] = [terminal, JsonLines(folder / "metrics.jsonl", first)]
-    opened = {
-        "tensorboard": lambda: TensorBoard(folder / "tensorboard", first),
-        "wandb": lambda: WandB(recipe),
-        "trackio": lambda: Trackio(recipe),
-    }
-    outputs += [opened[name]() for name in recipe.log_to]
-    try:
-        yield Outputs(outputs, terminal)
-    finally:
-        for output in outputs:
-            output.close()
-
-
-class Seen:
-    """What every step trained on: ``seen/rank-0.jsonl`` …, a line a step with a digest of the samples of each pack.
-
-    Sorted over all ranks, the digests of a step do not depend on how many processes there were: two runs saw the same
-    where they are equal. A resumed run has each step once.
-
-    Args:
-        writes: whether to name the packs. Of processes that share their streams one does.
-    """
-
-    def __init__(self, folder: Path, world: World, first_step: int, *, writes: bool) -> None:
-        folder.mkdir(exist_ok=True)
-        if world.is_first:  # files of ranks that a smaller world no longer has
-            for path in folder.glob("rank-*.jsonl"):
-                if int(path.stem.removeprefix("rank-")) >= world.size:
-                    JsonLines(path, first_step).close()
-        self._lines = JsonLines(folder / f"rank-{world.rank}.jsonl", first_step)
-        self._writes = writes
-
-    def add(self, step: int, batches: Sequence[Batch]) -> None:
-        digests = [digest for batch in batches for digest in batch.digests()] if self._writes else []
-        self._lines.write(step, {"packs": digests})
-
-
-class Ledger:
-    """Samples that were replaced by padding, and other events of a run: ``ledger.jsonl``, one object a line.
-
-    Args:
-        writes: of processes that share their streams one does.
-    """
-
-    def __init__(self, folder: Path, max_broken: float, *, writes: bool = True) -> None:
-        self._path = folder / "ledger.jsonl"
-        self._max_broken = max_broken
-        self._writes = writes
-        self._seen = 0
-        self._broken: list[str] = []
-
-    def add(self, batch: Batch) -> None:
-        """Record the batch's broken samples.
-
-        Raises:
-            RunError: more of the data is broken than the recipe allows.
-        """
-        self._seen += int((batch.rows[:, 0] >= 0).sum())
-        for name, reason in batch.broken:
-            self._broken.append(f"{name}: {reason}")
-            self.note(self._broken[-1])
-        if len(self._broken) > max(self._max_broken * self._seen, FORGIVEN):
-            last = "\n  ".join(self._broken[-FORGIVEN:])
-            raise RunError(
-                f"{len(self._broken)} of {self._seen} samples could not be used, more than data.max_broken allows "
-                f"({self._max_broken:.1%}); all are listed in {self._path}, the last ones:\n  {last}"
-            )
-
-    def note(self, event: str, **more: Any) -> None:
-        if not self._writes:
-            return
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"event": event} | more) + "\n")

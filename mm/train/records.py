@@ -1,0 +1,129 @@
+"""What a run writes beside its checkpoints, so that one can tell afterwards what it did.
+
+RUN/recipe.yaml, versions.json    what was asked for, and by what it was computed
+RUN/metrics.jsonl, tensorboard/   figures, see `mm.train.meter`
+RUN/seen/rank-N.jsonl             which samples each step trained on
+RUN/ledger.jsonl                  what went wrong
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mm import configure
+from mm.packing.batch import Batch
+from mm.train.checkpoint import Position
+from mm.train.meter import JsonLines, Progress, TensorBoard, Writer
+from mm.train.parallel import World
+from mm.train.recipe import Recipe
+from mm.train.stages import RunError
+from mm.train.trackers import Trackio, WandB
+from mm.train.versions import versions
+
+FORGIVEN = 8  # broken samples that no run stops for, however short it is
+
+
+class Outputs:
+    """All writers of the first process; nothing on the others."""
+
+    def __init__(self, outputs: list[Writer], terminal: Progress | None) -> None:
+        self._outputs, self._terminal = outputs, terminal
+
+    def advance(self) -> None:
+        if self._terminal:
+            self._terminal.advance()
+
+    def write(self, step: int, figures: Mapping[str, float]) -> None:
+        for output in self._outputs:
+            output.write(step, figures)
+
+
+@contextmanager
+def writers(recipe: Recipe, world: World, position: Position, total: int) -> Iterator[Outputs]:
+    """Console, ``metrics.jsonl`` and what `log_to` names; resolved recipe and versions are written beside them."""
+    if not world.is_first:
+        yield Outputs([], None)
+        return
+    folder = recipe.folder
+    (folder / "recipe.yaml").write_text(configure.to_yaml(recipe), encoding="utf-8")
+    (folder / "versions.json").write_text(json.dumps(versions(), indent=1), encoding="utf-8")
+    first = position.step + 1
+    terminal = Progress(total, position.step)
+    outputs: list[Writer] = [terminal, JsonLines(folder / "metrics.jsonl", first)]
+    opened = {
+        "tensorboard": lambda: TensorBoard(folder / "tensorboard", first),
+        "wandb": lambda: WandB(recipe),
+        "trackio": lambda: Trackio(recipe),
+    }
+    outputs += [opened[name]() for name in recipe.log_to]
+    try:
+        yield Outputs(outputs, terminal)
+    finally:
+        for output in outputs:
+            output.close()
+
+
+class Seen:
+    """What every step trained on: ``seen/rank-0.jsonl`` …, a line a step with a digest of the samples of each pack.
+
+    Sorted over all ranks, the digests of a step do not depend on how many processes there were: two runs saw the same
+    where they are equal. A resumed run has each step once.
+
+    Args:
+        writes: whether to name the packs. Of processes that share their streams one does.
+    """
+
+    def __init__(self, folder: Path, world: World, first_step: int, *, writes: bool) -> None:
+        folder.mkdir(exist_ok=True)
+        if world.is_first:  # files of ranks that a smaller world no longer has
+            for path in folder.glob("rank-*.jsonl"):
+                if int(path.stem.removeprefix("rank-")) >= world.size:
+                    JsonLines(path, first_step).close()
+        self._lines = JsonLines(folder / f"rank-{world.rank}.jsonl", first_step)
+        self._writes = writes
+
+    def add(self, step: int, batches: Sequence[Batch]) -> None:
+        digests = [digest for batch in batches for digest in batch.digests()] if self._writes else []
+        self._lines.write(step, {"packs": digests})
+
+
+class Ledger:
+    """Samples that were replaced by padding, and other events of a run: ``ledger.jsonl``, one object a line.
+
+    Args:
+        writes: of processes that share their streams one does.
+    """
+
+    def __init__(self, folder: Path, max_broken: float, *, writes: bool = True) -> None:
+        self._path = folder / "ledger.jsonl"
+        self._max_broken = max_broken
+        self._writes = writes
+        self._seen = 0
+        self._broken: list[str] = []
+
+    def add(self, batch: Batch) -> None:
+        """Record the batch's broken samples.
+
+        Raises:
+            RunError: more of the data is broken than the recipe allows.
+        """
+        self._seen += int((batch.rows[:, 0] >= 0).sum())
+        for name, reason in batch.broken:
+            self._broken.append(f"{name}: {reason}")
+            self.note(self._broken[-1])
+        if len(self._broken) > max(self._max_broken * self._seen, FORGIVEN):
+            last = "\n  ".join(self._broken[-FORGIVEN:])
+            raise RunError(
+                f"{len(self._broken)} of {self._seen} samples could not be used, more than data.max_broken allows "
+                f"({self._max_broken:.1%}); all are listed in {self._path}, the last ones:\n  {last}"
+            )
+
+    def note(self, event: str, **more: Any) -> None:
+        if not self._writes:
+            return
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"event": event} | more) + "\n")
