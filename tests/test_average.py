@@ -162,6 +162,7 @@ def test_what_does_not_train_is_its_own_average(run: Path) -> None:
     assert differing == {name for name, _ in tiny_model().named_parameters() if not name.startswith("encoders")}
 
 
+@pytest.mark.slow
 def test_averaging_and_validating_the_average_changes_nothing_in_the_training(
     run: Path, recipe: Path, tmp_path: Path
 ) -> None:
@@ -211,6 +212,7 @@ def test_one_process_resumes_with_the_same_bits_of_the_average(run: Path, recipe
         assert losses(forked, figure) == losses(run, figure)
 
 
+@pytest.mark.slow
 def test_two_processes_average_as_one_and_go_on_from_what_one_saved(run: Path, recipe: Path, tmp_path: Path) -> None:
     forked, two, bf16 = fork_run(run, tmp_path / "forked", step=2), tmp_path / "two", tmp_path / "bf16"
     train_together(

@@ -79,6 +79,7 @@ def statuses(run: Path) -> list[str]:
     return [path.read_text().strip() for path in sorted(run.parent.glob(f"{run.name}.?"))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_sigterm_to_the_launcher_saves_once_and_ends_all_ranks_well(
     recipe: Path, tmp_path: Path, processes: int

@@ -77,6 +77,7 @@ def test_a_sound_checkpoint_is_found_sound(saved: Path) -> None:
     assert f"sound: {count:,} entries" in " ".join(output.split())
 
 
+@pytest.mark.slow
 def test_a_missing_file_of_a_rank_is_named(recipe: Path, tmp_path: Path) -> None:
     train_together(tmp_path, 2, [[str(recipe), f"run={tmp_path / 'run'}", "steps=1"]])
     path = checkpoint.find(tmp_path / "run")

@@ -83,6 +83,7 @@ def test_a_lazy_run_trains_as_an_eager_one(lazy: Path, tmp_path: Path) -> None:
     assert losses(later) == losses(before)
 
 
+@pytest.mark.slow
 def test_a_lazy_run_on_two_processes_sees_what_one_sees(lazy: Path, tmp_path: Path) -> None:
     train_together(tmp_path, 2, [[str(lazy), LAZY, f"run={tmp_path / 'two'}"]])
     one = train_here(lazy, LAZY, f"run={tmp_path / 'one'}")

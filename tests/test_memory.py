@@ -84,6 +84,7 @@ def test_the_figures_are_of_the_process_with_most_and_add_up_to_the_peak():
     assert sum(parts) == figures["memory/peak"] >= 2 * 100e6  # torch alone is more
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_each_of_two_processes_holds_half(corpus: dict[str, Path], tokenizer_folder: Path, tmp_path: Path):
     recipe = write_recipe(tmp_path, corpus, tokenizer_folder, ["pairs", "text"], steps=1)

@@ -227,6 +227,7 @@ def test_one_process_resumes_a_run_with_muon_with_the_same_bits(run: Path, recip
     assert losses(forked) == losses(run)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_and_go_on_from_what_one_saved(run: Path, recipe: Path, tmp_path: Path) -> None:
     forked, two, bf16 = fork_run(run, tmp_path / "forked", step=4), tmp_path / "two", tmp_path / "bf16"
     train_together(

@@ -381,6 +381,7 @@ def train_sharded(rank: int, size: int, folder: str) -> None:
     torch.save({"norms": norms, "weights": weights}, f"{folder}/rank{rank}")
 
 
+@pytest.mark.slow
 def test_sharded_training_equals_that_of_one_process(tmp_path: Path):
     spawn(sharded_run, args=(2, str(tmp_path)), nprocs=2)
 

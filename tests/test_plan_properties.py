@@ -55,7 +55,7 @@ def cases(draw: st.DrawFn) -> Case:
     sources = []
     for _ in range(draw(st.integers(1, 3))):
         shards = random.integers(0, 25, draw(st.integers(1, 5)))
-        shards[0] += 1
+        shards[0] += 2  # half an epoch of one row is nothing, see below
         rows = int(shards.sum())
         images = random.integers(0, 4, rows)
         media_end = np.where(images > 0, images * random.integers(1, 9, rows) + random.integers(0, 5, rows), 0)
@@ -87,6 +87,12 @@ def cases(draw: st.DrawFn) -> Case:
     )
     epochs = [draw(st.sampled_from([1.0, 2.0, 0.5, 1.5])) for _ in sources]
     return Case(sources, options, epochs, draw(st.integers(0, 99)))
+
+
+def test_a_share_of_an_epoch_that_holds_no_row_is_refused(tmp_path: Path) -> None:
+    rows = Rows(np.array([1]), np.ones((1, 1), np.int32), np.zeros((1, 3), np.int32))
+    with pytest.raises(ValueError, match="all sources end before they start: raise their epochs"):
+        Case([rows], PackingOptions(capacity=4), [0.5], 0).plan(tmp_path)
 
 
 @given(case=cases())

@@ -66,6 +66,7 @@ def test_saving_in_the_background_changes_no_bit(recipe: Path, tmp_path: Path, p
         assert positions[0] == positions[1]
 
 
+@pytest.mark.slow
 def test_all_processes_killed_while_saving_leave_only_complete_checkpoints(recipe: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     launcher = start(recipe, run, 2, "steps=2000", "save_every=1", "keep=1")
@@ -179,6 +180,7 @@ def test_checkpoints_that_cannot_be_written_are_met_before_the_first_step(recipe
     assert lines(tmp_path) == 0
 
 
+@pytest.mark.slow
 def test_checkpoints_that_become_read_only_end_the_run(recipe: Path, tmp_path: Path) -> None:
     command = without_privileges([*TRAIN, str(recipe), f"run={tmp_path}", "steps=2000", "save_every=1"])
     process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -202,6 +204,7 @@ with join_world(timedelta(seconds=3)): pass
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_that_waits_in_vain_for_another_says_so(rank: int) -> None:
     launch = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -212,6 +215,7 @@ def test_a_process_that_waits_in_vain_for_another_says_so(rank: int) -> None:
     assert f"MissingProcess: rank {rank} has waited 3 s in vain for all 2 processes" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(recipe: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     launcher = start(recipe, run, 2, "steps=2000", "save_every=1", "keep=1")

@@ -183,6 +183,7 @@ def test_sharding_copies_no_layout_and_rounds_no_loss_weight(data: PlannedData) 
     assert torch.equal(weights[0], batch.weights)
 
 
+@pytest.mark.slow
 def test_a_network_with_batch_norm_trains_in_bf16(recipe: Path, tmp_path: Path) -> None:
     image = "model.encoders.image"
     network = [f"{image}.name=test_efficientnet", f"{image}.image_size=64", f"{image}.layer=null", "steps=3"]
