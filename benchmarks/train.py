@@ -17,6 +17,7 @@ an equal part of its batches, large and small alike. The ratio is of all turns t
 samples; smallest and largest are of single turns, whose samples are alike but not the same.
 
     python -m benchmarks.train            all tables
+    python -m benchmarks.train --others   Trainer, fixed length and FSDP2 only
     python -m benchmarks.train --quick    small sizes, to see that it runs
 """
 
@@ -49,9 +50,6 @@ from transformers import (
     CLIPVisionModel,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    PrinterCallback,
-    Trainer,
-    TrainingArguments,
 )
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.utils.logging import disable_progress_bar
@@ -324,6 +322,8 @@ class TrainerArm(Arm):
         self.run([load])
 
     def run(self, loads: Sequence[Load]) -> float:
+        from transformers import PrinterCallback, Trainer, TrainingArguments  # import DeepSpeed, which prints
+
         options = TrainingArguments(
             output_dir=str(self.folder),
             per_device_train_batch_size=1,  # of batches: they are made already
@@ -433,6 +433,14 @@ def compare_speed(
         )
 
 
+def compare_others(documents: Sequence[Document], capacity: int, turns: int, sizes: Sizes) -> None:
+    """Prints the speed of `OTHERS`."""
+    others = [name for name in OTHERS if name != "Trainer" or find_spec("accelerate")]
+    if others != list(OTHERS):
+        print("\nTrainer is left out: it needs `pip install accelerate`")
+    compare_speed("Mixed lengths, other ways", others, documents, capacity, turns, sizes)
+
+
 def measure_memory(arm: Arm) -> dict[str, float]:
     """High-water marks of this process in MiB: after the lightest step, and after the heaviest."""
     loads = arm.heaviest_first()
@@ -449,7 +457,8 @@ def compare_memory(arguments: list[str]) -> None:
     measured: dict[str, dict[str, float]] = {}
     for name in ARMS:
         command = [sys.executable, "-m", "benchmarks.train", *arguments, "--memory", name]
-        measured[name] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        measured[name] = json.loads(output.splitlines()[-1])  # libraries that transformers imports print, too
     ours = measured["packed"]
     for name, marks in measured.items():
         peak, extra = marks["peak_mib"], marks["extra_mib"]
@@ -484,6 +493,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--quick", action="store_true", help="small sizes: shows that it runs, its ratios say little")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--memory", choices=ARMS, help="only print the peak memory of this arm, as JSON")
+    parser.add_argument("--others", action="store_true", help="only the table of other ways to train")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     disable_progress_bar()
@@ -495,14 +505,14 @@ def main(arguments: list[str]) -> None:
             print(json.dumps(measure_memory(make_arm(options.memory, mixture, capacity, sizes, Path(folder)))))
         return
     print(f"{sizes}, float32, {options.threads} threads", flush=True)
+    if options.others:
+        compare_others(mixture[: samples // 2], capacity, turns, sizes)
+        return
     compare_memory(arguments)  # first, while this process is small: a child's mark begins at its parent's
     with tempfile.TemporaryDirectory() as folder:
         check_equal_losses(mixture[:BATCH], sizes, Path(folder))
     compare_speed("Mixed lengths", ARMS, mixture, capacity, turns, sizes)
-    others = [name for name in OTHERS if name != "Trainer" or find_spec("accelerate")]
-    if others != list(OTHERS):
-        print("\nTrainer is left out: it needs `pip install accelerate`")
-    compare_speed("Mixed lengths, other ways", others, mixture[: samples // 2], capacity, turns, sizes)
+    compare_others(mixture[: samples // 2], capacity, turns, sizes)
     random = np.random.default_rng(0)
     uniform = [make_document([0, sizes.image_tokens // 3], sizes, random) for _ in range(captions)]
     # Packs of as many samples as the batches have: nothing is gained by larger steps.
