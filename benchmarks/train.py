@@ -506,13 +506,13 @@ def main(arguments: list[str]) -> None:
         return
     print(f"{sizes}, float32, {options.threads} threads", flush=True)
     if options.others:
-        compare_others(mixture[: samples // 2], capacity, turns, sizes)
+        compare_others(mixture[: samples // 5], capacity, turns // 2, sizes)
         return
     compare_memory(arguments)  # first, while this process is small: a child's mark begins at its parent's
     with tempfile.TemporaryDirectory() as folder:
         check_equal_losses(mixture[:BATCH], sizes, Path(folder))
     compare_speed("Mixed lengths", ARMS, mixture, capacity, turns, sizes)
-    compare_others(mixture[: samples // 2], capacity, turns, sizes)
+    compare_others(mixture[: samples // 5], capacity, turns // 2, sizes)
     random = np.random.default_rng(0)
     uniform = [make_document([0, sizes.image_tokens // 3], sizes, random) for _ in range(captions)]
     # Packs of as many samples as the batches have: nothing is gained by larger steps.
