@@ -27,7 +27,7 @@ BATCH = 4  # packs; a text of 100 bytes fills a pack of 128 tokens alone
 def judge(folder: Path, levels: list[float], **options: float) -> list[int]:
     """Steps at which a guard finds a spike in some losses."""
     folder.mkdir(exist_ok=True)
-    guard = Guard(GuardOptions(**options), folder, 1, writes=True)  # type: ignore[arg-type]
+    guard = Guard(GuardOptions(**options), folder, range(1, 1), writes=True)  # type: ignore[arg-type]
     return [step for step, loss in enumerate(levels, start=1) if guard.judge(step, loss, [])]
 
 
@@ -73,11 +73,26 @@ def test_a_resumed_guard_judges_as_one_that_was_never_broken(tmp_path: Path) -> 
     assert len(expected) == 2
     found = []
     for begin in range(0, len(levels), 7):  # a restart every 5 steps, each from a checkpoint that is 2 steps old
-        guard = Guard(GuardOptions(window=16), tmp_path, max(begin - 1, 1), writes=True)
+        guard = Guard(GuardOptions(window=16), tmp_path, range(1, max(begin - 1, 1)), writes=True)
         for step in range(max(begin - 1, 1), min(begin + 7, len(levels)) + 1):
             if guard.judge(step, levels[step - 1], []):
                 found.append(step)
     assert sorted(set(found)) == expected
+
+
+def test_a_stage_is_judged_by_its_own_losses(tmp_path: Path) -> None:
+    judge(tmp_path, noise(50), window=32)
+    guard = Guard(GuardOptions(window=32), tmp_path, range(51, 51), writes=True)
+    later = [*noise(40, level=4.0), 6.0, 6.0, 6.0]
+    assert [step for step, loss in enumerate(later, start=51) if guard.judge(step, loss, [])] == [93]
+
+
+def test_a_damaged_line_is_named(tmp_path: Path) -> None:
+    judge(tmp_path, noise(5))
+    with (tmp_path / "guard.jsonl").open("a") as file:
+        file.write("{\n")
+    with pytest.raises(ValueError, match=r"guard\.jsonl, line 6 is no JSON object with a `step`"):
+        Guard(GuardOptions(), tmp_path, range(1, 9), writes=False)
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ class Position:
     plan: fingerprint of the plan that the packs were numbered by
     finished: the stages before this one
     passed_over: of the packs, those that the guard has passed over, see `mm.train.guard`
-    rewinds: how often it has
+    rewinds: how often it has, in this stage
     """
 
     step: int

@@ -10,10 +10,9 @@ section 5.1): the same batches did no harm from other weights, so it is the two 
 
 from __future__ import annotations
 
-import json
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from mm.configure import RecipeError
 from mm.packing.batch import Batch
-from mm.train.meter import JsonLines
+from mm.train.meter import JsonLines, lines_before
 
 TO_SIGMA = 1.4826
 """Standard deviations of a normal distribution in one median absolute deviation: 1/Φ⁻¹(3/4)."""
@@ -38,7 +37,7 @@ class GuardOptions:
     window: how many losses tell what is usual; nothing is a spike before there are so many
     threshold: robust standard deviations above the usual from which a loss is high
     patience: high losses in a row that are a spike; also how many steps before them a checkpoint counts as good
-    rewinds: spikes of a run after which it stops instead
+    rewinds: how often a stage goes back at most; at the next spike the run stops
     """
 
     window: int = 128
@@ -79,22 +78,25 @@ class Spike:
 class Guard:
     """Judges the loss of every step. All processes give it the same losses and so agree.
 
-    The losses stand in ``RUN/guard.jsonl``, so that a resumed run judges as one that was never broken.
+    The losses stand in ``RUN/guard.jsonl``, so that a resumed run judges as one that was never broken. A stage is
+    judged by its own losses: another mixture has another level.
 
     Args:
-        first_step: the next step.
+        done: the steps of the stage that are done.
         writes: whether this process keeps the file; one does.
     """
 
-    def __init__(self, options: GuardOptions, folder: Path, first_step: int, *, writes: bool) -> None:
+    def __init__(self, options: GuardOptions, folder: Path, done: range, *, writes: bool) -> None:
         self.options = options
         self._usual: deque[float] = deque(maxlen=options.window)
         self._high: list[float] = []
         self._rows: list[Tensor] = []
         path = folder / "guard.jsonl"
-        for loss, is_high in _judged(path, first_step):
-            self._take(loss, is_high)
-        self._lines = JsonLines(path, first_step) if writes else None
+        for _, judged in lines_before(path, done.stop) if path.exists() else ():
+            if judged["step"] in done:
+                loss = judged["loss"]
+                self._take(math.nan if loss is None else loss, judged["high"])
+        self._lines = JsonLines(path, done.stop) if writes else None
 
     def judge(self, step: int, loss: float, batches: Sequence[Batch]) -> Spike | None:
         """The spike that is complete with this step, if one is. What follows is judged by what follows.
@@ -131,14 +133,3 @@ class Guard:
         if len(self._high) == self.options.patience:
             self._usual.clear()
             self._high.clear()
-
-
-def _judged(path: Path, first_step: int) -> Iterator[tuple[float, bool]]:
-    """(loss, whether it was high) of the steps before one, as far as they were written."""
-    if not path.exists():
-        return
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            if not line.endswith("\n") or (judged := json.loads(line))["step"] >= first_step:
-                return
-            yield float("nan") if judged["loss"] is None else judged["loss"], judged["high"]

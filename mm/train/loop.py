@@ -152,7 +152,8 @@ def run(
     meter = Meter(loss_names(data), factors, peak, world.sum, position.tokens, clock, memory, world.max)
     ledger = Ledger(folder, recipe.data.max_broken, writes=share.index == 0)
     seen = Seen(folder / "seen", world, position.step + 1, writes=share.index == 0)
-    guard = Guard(recipe.guard, folder, position.step + 1, writes=world.is_first) if recipe.guard else None
+    steps_done = range(stage.begin + 1, position.step + 1)
+    guard = Guard(recipe.guard, folder, steps_done, writes=world.is_first) if recipe.guard else None
     skips = Skips(ledger, data)
 
     with (

@@ -299,7 +299,7 @@ class JsonLines:
 
     def __init__(self, path: Path, first_step: int) -> None:
         if path.exists():
-            os.truncate(path, _length_before(path, first_step))
+            os.truncate(path, sum(length for length, _ in lines_before(path, first_step)))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, figures: Mapping[str, Any]) -> None:
@@ -312,23 +312,26 @@ class JsonLines:
         self._file.close()
 
 
-def _length_before(path: Path, first_step: int) -> int:
-    """Bytes of the whole lines before the first of `first_step` or later."""
-    length = 0
+def lines_before(path: Path, first_step: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(bytes, object) of the whole lines of a `JsonLines` file before the first of `first_step` or later.
+
+    Raises:
+        ValueError: a line is not JSON with a step; names the file and the line.
+    """
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
-                break
+                return
             try:
-                step = json.loads(line)["step"]
+                found = json.loads(line)
+                step = found["step"]
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
                     f"{path}, line {number} is no JSON object with a `step`; repair or move the file"
                 ) from error
             if step >= first_step:
-                break
-            length += len(line)
-    return length
+                return
+            yield len(line), found
 
 
 class TensorBoard:
