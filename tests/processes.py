@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 
@@ -19,3 +20,10 @@ def session(leader: int) -> list[int]:
     """Processes of the session that a process was started to lead, itself or not."""
     found = subprocess.run(["ps", "-o", "pid=", "-s", str(leader)], stdout=subprocess.PIPE, text=True)
     return [int(line) for line in found.stdout.split()]
+
+
+def without_privileges(command: Sequence[str]) -> list[str]:
+    """The command as a user whom file permissions bind. They do not bind root."""
+    if os.geteuid() != 0:
+        return list(command)
+    return ["setpriv", "--bounding-set=-dac_override", "--inh-caps=-dac_override", *command]

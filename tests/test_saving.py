@@ -21,7 +21,7 @@ from mm.train.checkpoint import CheckpointError
 from mm.train.reading import Reader
 from mm.train.recipe import Recipe
 from tests.conftest import LONG
-from tests.processes import wait_until
+from tests.processes import wait_until, without_privileges
 from tests.small_world import environment, free_port, losses, seen, train_here, train_together
 from tests.test_checkpoint import largest_file
 from tests.test_kills import kill, lines, start
@@ -157,13 +157,6 @@ def test_a_disk_that_becomes_full_is_told_by_all_processes(recipe: Path, tmp_pat
     assert done.returncode != 0
     assert done.stdout.count("CheckpointError could not save") == 2, done.stdout
     assert re.search(r"takes about [\d.]+ MB and [\d.]+ MB are free. Earlier checkpoints are intact", done.stdout)
-
-
-def without_privileges(command: Sequence[str]) -> list[str]:
-    """The command as a user whom file permissions bind. They do not bind root."""
-    if os.geteuid() != 0:
-        return list(command)
-    return ["setpriv", "--bounding-set=-dac_override", "--inh-caps=-dac_override", *command]
 
 
 def test_a_run_folder_that_cannot_be_written_is_a_clear_error(recipe: Path, tmp_path: Path) -> None:
