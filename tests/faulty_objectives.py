@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from mm.objectives.next_token import NextToken
 
 
 @dataclass(frozen=True)
-class Faulty(NextToken):
+class Faulty(NextToken, ABC):
     """Goes wrong on the last rank, in the call with this number."""
 
     call: int = 2
@@ -25,8 +26,8 @@ class Faulty(NextToken):
         is_last = int(os.environ.get("RANK", "0")) + 1 == int(os.environ.get("WORLD_SIZE", "1"))
         return (self.go_wrong(share) if is_last and len(calls) == self.call else share), sums
 
-    def go_wrong(self, share: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def go_wrong(self, share: Tensor) -> Tensor: ...
 
 
 class Hanging(Faulty):

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.multiprocessing.spawn import spawn
 
 from mm.train import checkpoint
@@ -245,6 +245,18 @@ def test_two_processes_train_as_one_and_go_on_from_what_one_saved(run: Path, rec
     shrunk = fork_run(two, tmp_path / "shrunk", step=4)
     train_here(recipe, f"run={shrunk}", *RUN)
     assert losses(shrunk) == pytest.approx(losses(run), rel=1e-5)
+
+
+def test_a_matrix_that_is_sharded_by_columns_is_refused() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    model = chain()
+    mesh = init_device_mesh("cpu", (1,))
+    for layer in model:
+        layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, [Shard(1)]))
+    with pytest.raises(ValueError, match=r"sharded by rows, and one is placed \(Shard\(dim=1\),\)"):
+        take_steps(model, muon(model), steps=1)
+    del model
+    leave_world()
 
 
 def test_another_optimizer_needs_a_stage_of_its_own(recipe: Path, tmp_path: Path) -> None:

@@ -169,5 +169,5 @@ def _local(tensor: Tensor) -> Tensor:
         return tensor
     *replicas, rows = tensor.placements
     if rows != Shard(0) or any(placement != Replicate() for placement in replicas):
-        raise NotImplementedError(f"Muon takes matrices that are sharded by rows, not {tensor.placements}")
+        raise ValueError(f"Muon takes matrices that are sharded by rows, and one is placed {tensor.placements}")
     return tensor.to_local()
