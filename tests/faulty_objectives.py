@@ -51,4 +51,12 @@ class OutOfMemory(Faulty):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
+class NeverFinite(NextToken):
+    """Goes wrong in every call, on all ranks."""
+
+    def loss(self, *args: Any, **kwargs: Any) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+        share, sums = super().loss(*args, **kwargs)
+        return share * float("nan"), sums
+
+
 calls: list[int] = []

@@ -70,6 +70,13 @@ def test_a_rank_that_dies_ends_the_others_and_its_reason_is_named(recipe: Path) 
     assert time.monotonic() - begun < 120
 
 
+def test_a_run_whose_gradient_is_never_finite_stops(recipe: Path) -> None:
+    with pytest.raises(RunError, match=r"not finite in 5 steps in a row, up to step 5; lower optim\.lr"):
+        train_here(recipe, objective("NeverFinite"))
+    events = (recipe.parent / "run" / "ledger.jsonl").read_text().splitlines()
+    assert len(events) == 5
+
+
 def test_a_step_that_is_skipped_names_its_samples(recipe: Path) -> None:
     faulty_objectives.calls.clear()
     run = train_here(recipe, objective("NotFinite"), "objective.call=3")
