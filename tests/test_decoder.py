@@ -18,7 +18,7 @@ from mm.model.decoder import Decoder, DecoderConfig
 CONFIG = DecoderConfig(
     vocabulary=50, width=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn=48, rope=Rope(1e4), tied=True
 )
-EVERY_OPTION = replace(CONFIG, qkv_bias=True, output_bias=True, mlp_bias=True, qk_norm=True, tied=False)
+EVERY_OPTION = replace(CONFIG, qkv_bias=True, output_bias=True, mlp_bias=True, qk_norm="rms", tied=False)
 SIZES = {"llama": CONFIG, "every option": EVERY_OPTION}
 
 

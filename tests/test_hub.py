@@ -228,8 +228,8 @@ def test_missing_surplus_and_misshapen_tensors_are_named(tmp_path: Path) -> None
 
 
 def test_options_that_no_architecture_has_cannot_be_exported(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="mlp_bias=True, qk_norm=True"):
-        save_decoder(small(mlp_bias=True, qk_norm=True), tmp_path)
+    with pytest.raises(CheckpointError, match="mlp_bias=True, qk_norm=rms"):
+        save_decoder(small(mlp_bias=True, qk_norm="rms"), tmp_path)
 
 
 def test_a_name_that_cannot_be_had_says_what_was_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,7 +322,7 @@ def write_gguf(file: Path, decoder: Decoder, divisors: Tensor | None = None, arc
 
 def test_a_gguf_file_with_every_option_gives_the_same_decoder(tmp_path: Path) -> None:
     rope = Rope(5e5, "llama3", 8.0)
-    decoder = small(qk_norm=True, tied=False, rope=rope, head_dim=16)
+    decoder = small(qk_norm="rms", tied=False, rope=rope, head_dim=16)
     divisors = inverse_frequencies(Rope(5e5), 16) / inverse_frequencies(rope, 16)
     write_gguf(tmp_path / "model.gguf", decoder, divisors)
     again = load_decoder(tmp_path / "model.gguf")
@@ -331,20 +331,20 @@ def test_a_gguf_file_with_every_option_gives_the_same_decoder(tmp_path: Path) ->
 
 
 def test_rope_divisors_of_another_kind_are_refused(tmp_path: Path) -> None:
-    write_gguf(tmp_path / "model.gguf", small(qk_norm=True), torch.linspace(1, 8, 4))
+    write_gguf(tmp_path / "model.gguf", small(qk_norm="rms"), torch.linspace(1, 8, 4))
     with pytest.raises(CheckpointError, match="not those of Llama 3"):
         load_decoder(tmp_path / "model.gguf")
 
 
 def test_a_gguf_file_of_another_architecture_is_refused(tmp_path: Path) -> None:
-    write_gguf(tmp_path / "model.gguf", small(qk_norm=True), architecture="gemma3")
+    write_gguf(tmp_path / "model.gguf", small(qk_norm="rms"), architecture="gemma3")
     with pytest.raises(CheckpointError, match="'gemma3' is not supported; supported are llama, qwen2, qwen3"):
         load_decoder(tmp_path / "model.gguf")
 
 
 def test_a_gguf_file_that_ends_early_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
-    write_gguf(file, small(qk_norm=True))
+    write_gguf(file, small(qk_norm="rms"))
     whole = file.read_bytes()
     file.write_bytes(whole[:-100])
     with pytest.raises(ValueError, match="the data ends too early"):

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple, Self, TypeVar
 import torch
 from torch import Tensor
 
+from mm.layers.noise import hashed
+
 SHORT = 64
 """Documents up to this many tokens share a bucket with shorter ones: for them a call costs more than its arithmetic."""
 
@@ -64,11 +66,19 @@ class Layout:
     device: where the layers run
     branches: None, or (T,) int32 on the CPU: 0 is the document's trunk; a token of branch b > 0 sees the trunk and its
         own branch, never another. One prefix with many continuations is scored in one pass this way.
+    packs: (P + 1,) int32 on the CPU, start of every pack, then T; tokens are compared within a pack where layers choose
+        among them. None: the stream is one pack
+    groups: (T,) int8 on the CPU: which group of experts every token belongs to, -1 for padding, which belongs to none.
+        None: all tokens are alike
+    seeds: (P,) int64 on the CPU, a random number for every pack, see `keys`. None: nothing is drawn
     """
 
     offsets: Tensor
     device: torch.device
     branches: Tensor | None = None
+    packs: Tensor | None = None
+    groups: Tensor | None = None
+    seeds: Tensor | None = None
 
     @classmethod
     def of(
@@ -118,6 +128,51 @@ class Layout:
         """(T,) int64 positions from 0 in every document, on the device, for streams without branches."""
         starts = self.offsets[:-1].long().repeat_interleave(self.offsets.diff().long())
         return (torch.arange(self.tokens) - starts).to(self.device)
+
+    @cached_property
+    def pack_of_token(self) -> Tensor:
+        """(T,) int64 number of the pack that each token belongs to, on the CPU."""
+        if self.packs is None:
+            return torch.zeros(self.tokens, dtype=torch.int64)
+        return torch.arange(len(self.packs) - 1).repeat_interleave(self.packs.diff().long())
+
+    @cached_property
+    def keys(self) -> Tensor:
+        """(T,) int64 on the device: what is drawn for a token is a function of its key, see `mm.layers.noise`.
+
+        A key is a hash of the pack's seed and the token's place in the pack, so that it depends neither on the
+        micro-batch that the pack is in nor on the process.
+        """
+        if self.seeds is None:
+            raise ValueError("this layout has no seeds, from which noise and dropout are drawn")
+        packs = self.pack_of_token
+        starts = torch.zeros(1, dtype=torch.int64) if self.packs is None else self.packs[:-1].long()
+        return hashed(self.seeds[packs] + torch.arange(self.tokens) - starts[packs]).to(self.device)
+
+    def select(self, kept: Tensor) -> Layout:
+        """The layout of some of the tokens, as documents and packs that lack the others.
+
+        Args:
+            kept: (k,) int64 positions in the stream, ascending, on the CPU.
+        """
+        marks = torch.zeros(self.tokens + 1, dtype=torch.int64)
+        marks[kept + 1] = 1
+        before = marks.cumsum(0)  # kept tokens before every position
+
+        def of_kept(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[kept]
+
+        chosen = Layout(
+            before[self.offsets.long()].int(),
+            self.device,
+            of_kept(self.branches),
+            None if self.packs is None else before[self.packs.long()].int(),
+            of_kept(self.groups),
+            self.seeds,
+        )
+        if self.seeds is not None:
+            chosen.__dict__["keys"] = self.keys[kept.to(self.device)]
+        return chosen
 
     @cached_property
     def buckets(self) -> list[Bucket]:

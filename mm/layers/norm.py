@@ -8,14 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mm.layers.layout import Layout
-
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x²) + eps) · weight over the last axis (Zhang and Sennrich 2019, eq. 4).
 
-    Every norm and feed-forward of a block is called with the layout, so that one that treats tokens by modality can
-    take this one's place; this one treats all tokens alike.
+    Every part of a block is called with the stream, so that one that treats tokens by modality can take this one's
+    place; this one treats all tokens alike.
     """
 
     def __init__(self, width: int, eps: float) -> None:
@@ -28,7 +26,7 @@ class RMSNorm(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.ones_(self.weight)
 
-    def forward(self, hidden: Tensor, layout: Layout | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, stream: object = None) -> Tensor:
         """(…, D) normalised."""
         return rms_norm(hidden, self.weight, self.eps)
 

@@ -161,7 +161,7 @@ def decoder_config_from_hf(config: Mapping[str, Any]) -> DecoderConfig:
         qkv_bias=family == "qwen2" or attention_bias,
         output_bias=attention_bias,
         mlp_bias=full.get("mlp_bias", False),
-        qk_norm=family == "qwen3",
+        qk_norm="rms" if family == "qwen3" else "none",
         tied=full["tie_word_embeddings"],
     )
 
@@ -172,6 +172,8 @@ def hf_config_from_decoder(config: DecoderConfig) -> dict[str, Any]:
     Raises:
         CheckpointError: no family has this combination of options.
     """
+    if ours := [name for name in OURS if getattr(config, name) != getattr(DecoderConfig, name)]:
+        raise CheckpointError(f"no architecture of transformers has this decoder's {', '.join(ours)}")
     options = (config.qkv_bias, config.output_bias, config.mlp_bias, config.qk_norm)
     family = next((name for name, allowed in _OPTIONS.items() if options in allowed), None)
     if family is None:
@@ -198,10 +200,13 @@ def hf_config_from_decoder(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
+OURS = ("norm", "experts", "untied", "depth")
+"""Options that none of the families has. Dropout is for training only."""
+
 _OPTIONS = {
-    "llama": [(bias, bias, mlp, False) for bias in (False, True) for mlp in (False, True)],
-    "qwen2": [(True, False, False, False)],
-    "qwen3": [(bias, bias, False, True) for bias in (False, True)],
+    "llama": [(bias, bias, mlp, "none") for bias in (False, True) for mlp in (False, True)],
+    "qwen2": [(True, False, False, "none")],
+    "qwen3": [(bias, bias, False, "rms") for bias in (False, True)],
 }
 """The (qkv_bias, output_bias, mlp_bias, qk_norm) that each family can have."""
 
@@ -330,7 +335,7 @@ def _gguf_config(gguf: Gguf) -> DecoderConfig:
         qkv_bias="blk.0.attn_q.bias" in gguf.tensors,
         output_bias="blk.0.attn_output.bias" in gguf.tensors,
         mlp_bias="blk.0.ffn_gate.bias" in gguf.tensors,
-        qk_norm="blk.0.attn_q_norm.weight" in gguf.tensors,
+        qk_norm="rms" if "blk.0.attn_q_norm.weight" in gguf.tensors else "none",
         tied="output.weight" not in gguf.tensors,
     )
 

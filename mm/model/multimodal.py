@@ -9,17 +9,18 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mm.configure import RecipeError, build
 from mm.encoders.base import Adapter, Encoder, Grid
-from mm.layers.cross_entropy import Losses, linear_cross_entropy
+from mm.layers.cross_entropy import linear_cross_entropy
 from mm.layers.layout import WHOLE, Layout
 from mm.model.decoder import Decoder, DecoderConfig
 from mm.model.hub import load_decoder, read_decoder_config
+from mm.model.stream import Reports
 from mm.packing.batch import IGNORE, Batch, Media
 from mm.packing.collate import Entrance
 from mm.sample import Modality
@@ -36,6 +37,15 @@ class SlotMismatch(RuntimeError):
             f"the plan promised {promised} {modality.label} embeddings and the encoder with its adapter gave {given}; "
             "`grid` of its transform, `length` of its adapter and what they compute must agree"
         )
+
+
+class Predicted(NamedTuple):
+    """What a batch gave: the losses of its L labels, see `mm.layers.cross_entropy.Losses`, and what layers report."""
+
+    total: Tensor
+    nll: Tensor
+    lse: Tensor
+    reports: Reports
 
 
 @dataclass
@@ -113,22 +123,30 @@ class MultimodalLM(nn.Module):
         towers = [self._encoder(modality) for modality in self.modalities]
         return [block for tower in (*towers, self.decoder) for block in tower.blocks()]
 
-    def forward(self, batch: Batch, z_loss: float = 0.0) -> Losses:
+    def forward(self, batch: Batch, z_loss: float = 0.0) -> Predicted:
         """Weighted next-token loss of a batch, summed (not averaged) over its labels, in stream order."""
         predicting = (batch.labels != IGNORE).nonzero().squeeze(1)
-        hidden = self.hidden(batch).index_select(0, predicting - batch.span.start)
-        return linear_cross_entropy(
+        reports = Reports()
+        hidden = self.hidden(batch, reports=reports).index_select(0, predicting - batch.span.start)
+        losses = linear_cross_entropy(
             hidden,
             self.decoder.head_weight,
             batch.labels.index_select(0, predicting),
             batch.weights.index_select(0, predicting),
             z_loss=z_loss,
         )
+        return Predicted(*losses, reports)
 
-    def hidden(self, batch: Batch, layout: Layout | None = None) -> Tensor:
+    def hidden(self, batch: Batch, layout: Layout | None = None, reports: Reports | None = None) -> Tensor:
         """(T, D) last hidden states, after the final norm. Of a share of a stream, T is its tokens."""
-        layout = layout or Layout(batch.offsets, batch.tokens.device)
-        return self.decoder(self.embed(batch), batch.positions[batch.span], layout)
+        layout = layout or self.layout(batch)
+        return self.decoder(self.embed(batch), batch.positions[batch.span], layout, reports=reports)
+
+    def layout(self, batch: Batch) -> Layout:
+        """Documents, packs and groups of a batch's stream."""
+        experts = self.decoder.config.experts
+        groups = batch.modality if experts is None else experts.group_of(batch.tokens.cpu(), batch.modality)
+        return Layout(batch.offsets, batch.tokens.device, packs=batch.packs, groups=groups, seeds=batch.seeds)
 
     def embed(self, batch: Batch) -> Tensor:
         """(T, D) input of the decoder: token embeddings with the media in their slots."""

@@ -1,7 +1,8 @@
 """Next-token prediction with a weight per token, normalised over the global batch.
 
 ``L = Σ_t w_t (nll_t + λ lse_t²) / Σ_t w_t``, both sums over all tokens of all micro-batches of all ranks, so that
-packing, accumulation and world size do not change the optimum.
+packing, accumulation and world size do not change the optimum. Where tokens choose among experts, their loss of balance
+is added, a sum over packs divided by the same denominator.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ class NextToken:
 
         The sums are named ``total``, ``modality/text`` … by the label's modality, and ``source/NAME``.
         """
-        losses: Any = model(batch, z_loss=self.z_loss)
-        share = losses.total / max(denominators[self.name], 1e-12)
-        return share, weighted_sums(batch, losses.nll, sources)
+        predicted: Any = model(batch, z_loss=self.z_loss)
+        total = torch.stack([predicted.total, *predicted.reports.balance]).sum()
+        return total / max(denominators[self.name], 1e-12), weighted_sums(batch, predicted.nll, sources)
 
 
 def weighted_sums(batch: Batch, nll: Tensor, sources: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -51,7 +52,7 @@ def weighted_sums(batch: Batch, nll: Tensor, sources: Sequence[str]) -> dict[str
     predicting = (batch.labels != IGNORE).nonzero().squeeze(1)
     weights = batch.weights.double()[predicting]
     pairs = torch.stack([weights * nll.detach().double(), weights])  # (2, L)
-    modality = batch.modality[predicting + 1].long()  # the label is the next token of the same document
+    modality = batch.modality.to(nll.device, non_blocking=True)[predicting + 1].long()  # of the token that is predicted
     source = batch.rows[:, 0].clamp(min=0)[batch.document_of_token()]  # padding bears no label
     source = source.to(nll.device, non_blocking=True)[predicting]
 

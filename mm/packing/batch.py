@@ -61,10 +61,11 @@ class Batch:
     positions: (T,) int64, from 0 in every document
     labels: (T,) int64, shifted: the token that follows, or `IGNORE`
     weights: (T,) float32 loss weight of the label; 0 where there is none
-    modality: (T,) int8, see `Modality`
+    modality: (T,) int8, see `Modality`; -1 for padding
     offsets: (n + 1,) int32 start of every document, then T. Padding is the last document when there is any
     packs: (P + 1,) int32 start of every pack, then T
     rows: (n, 3) int64 (number of the source, of its shard, row in it) of every document; -1 for padding
+    seeds: (P,) int64 a random number for every pack, from which layers draw noise
     media: the items of each modality that occurs
     share: the part of the stream that is computed here, where several devices have the same batch. Labels are there
         only, and of the items those that reach into it
@@ -79,16 +80,17 @@ class Batch:
     offsets: Tensor
     packs: Tensor
     rows: Tensor
+    seeds: Tensor
     media: dict[Modality, Media] = field(default_factory=dict)
     broken: tuple[tuple[str, str], ...] = ()
     share: Share = WHOLE
 
     def to(self, device: torch.device | str) -> Self:
-        """The batch on a device. `offsets`, `packs` and `rows` stay on the CPU: Python reads them."""
+        """The batch on a device. What Python reads stays on the CPU: modality, offsets, packs, rows and seeds."""
         device = torch.device(device)
         moved = {
             name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("tokens", "positions", "labels", "weights", "modality")
+            for name in ("tokens", "positions", "labels", "weights")
         }
         return replace(self, **moved, media={modality: media.to(device) for modality, media in self.media.items()})
 

@@ -58,7 +58,7 @@ class Document:
 
     tokens: (L,) int64, the pad token in media slots
     weights: (L,) float32 loss weight of each token *as a target*
-    modality: (L,) int8
+    modality: (L,) int8; -1 for padding
     """
 
     tokens: np.ndarray
@@ -151,7 +151,7 @@ class Processor:
     def padding(self, length: int) -> Document:
         """A document without content or loss, in the place of a broken sample or at the end of a pack."""
         return Document(
-            np.full(length, self.text.pad, np.int64), np.zeros(length, np.float32), np.zeros(length, np.int8), ()
+            np.full(length, self.text.pad, np.int64), np.zeros(length, np.float32), np.full(length, -1, np.int8), ()
         )
 
     def collate(
@@ -162,6 +162,7 @@ class Processor:
         capacity: int | None = None,
         broken: Sequence[tuple[str, str]] = (),
         share: Share = WHOLE,
+        seeds: Sequence[int] | None = None,
     ) -> Batch:
         """A batch of packs, each a list of documents with their owners.
 
@@ -169,6 +170,7 @@ class Processor:
             capacity: pad every pack to this many tokens, for compiled code with static shapes; None adds nothing.
             broken: (sample, reason) of what was replaced by padding, for the run's ledger.
             share: the part of the stream that is to bear labels; the packs are padded so that it divides.
+            seeds: of what layers draw, one a pack; all 0 if not given.
         """
         documents: list[Document] = []
         owners: list[Owner] = []
@@ -203,6 +205,7 @@ class Processor:
             offsets=torch.from_numpy(offsets.astype(np.int32)),
             packs=torch.tensor(pack_starts, dtype=torch.int32),
             rows=torch.tensor(owners, dtype=torch.int64).reshape(-1, 3),
+            seeds=torch.tensor(seeds or [0] * len(packs), dtype=torch.int64),
             media=self._media(documents, offsets, held),
             broken=tuple(broken),
             share=share,

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from mm.layers.layout import WHOLE, Share
 from mm.packing.batch import Batch
 from mm.packing.collate import Document, LengthMismatch, Owner, Processor
+from mm.packing.hashing import hash64
 from mm.packing.windows import PlannedSample, PlanReader
 from mm.sample import BrokenSample, Sample
 
@@ -49,6 +50,7 @@ class Materialiser(Dataset[Batch]):
         sources: the samples of each source of the plan, in its order.
         names: the sources' names, for messages.
         capacity: pad packs to this length (static shapes), or None.
+        seed: of what layers draw for a pack, together with its number.
         share: the part of every stream that is computed here, see `Batch.share`.
         ahead: is given the rows that come next, two (k,) arrays of sources and shards in the order of the plan.
     """
@@ -60,6 +62,7 @@ class Materialiser(Dataset[Batch]):
         processor: Processor,
         *,
         names: Sequence[str],
+        seed: int = 0,
         capacity: int | None = None,
         share: Share = WHOLE,
         ahead: Callable[[np.ndarray, np.ndarray], None] | None = None,
@@ -68,6 +71,7 @@ class Materialiser(Dataset[Batch]):
         self.sources = list(sources)
         self.processor = processor
         self.names = list(names)
+        self.seed = seed
         self.capacity = capacity
         self.share = share
         self.ahead = ahead
@@ -81,7 +85,8 @@ class Materialiser(Dataset[Batch]):
             documents, owners = self._pack(number, broken) if number >= 0 else ([], [])
             packs.append(documents)
             rows.append(owners)
-        return self.processor.collate(packs, rows, capacity=self.capacity, broken=broken, share=self.share)
+        seeds = hash64(self.seed, "draws", np.array(micro_step.packs)).astype(np.int64).tolist()
+        return self.processor.collate(packs, rows, capacity=self.capacity, broken=broken, share=self.share, seeds=seeds)
 
     def _look_ahead(self, number: int) -> None:
         if self.ahead is None or number < 0 or number in self._looked:

@@ -60,6 +60,7 @@ class PlannedData:
             self.samples,
             self.blueprint.processor,
             names=self.names,
+            seed=self.plan.seed,
             capacity=capacity,
             share=share,
             ahead=partial(fetch_rows_ahead, self.samples) if ahead and self.samples[0].card.cache else None,

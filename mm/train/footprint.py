@@ -192,6 +192,7 @@ def full_batch(model: MultimodalLM, packing: PackingOptions, packs: int) -> Batc
         offsets=offsets,
         packs=offsets,
         rows=torch.zeros(packs, 3, dtype=torch.int64),
+        seeds=torch.zeros(packs, dtype=torch.int64),
         media=media,
     )
 
