@@ -185,10 +185,10 @@ def write_tokenizer(folder: Path) -> Path:
     return folder
 
 
-def tiny_model(encoders: Sequence[str] = tuple(ENCODERS), *, meta: bool = False) -> MultimodalLM:
-    """Encoders and a decoder of two layers, with the same decoder weights every time."""
+def tiny_model(encoders: Sequence[str] = tuple(ENCODERS), *, meta: bool = False, **changes: Any) -> MultimodalLM:
+    """Encoders and a decoder of two layers, with the same decoder weights every time; `changes` are of the decoder."""
     torch.manual_seed(1)
-    options = ModelOptions(DecoderOptions(config=DECODER), {name: ENCODERS[name] for name in encoders})
+    options = ModelOptions(DecoderOptions(config=DECODER | changes), {name: ENCODERS[name] for name in encoders})
     return build_model(options, meta=meta)
 
 

@@ -279,3 +279,9 @@ def test_every_backend_agrees_on_cuda(backend: str) -> None:
     gradients = torch.autograd.grad(found, inputs, upstream)
     for of_found, of_expected in zip(gradients, torch.autograd.grad(expected, inputs, upstream.double()), strict=True):
         torch.testing.assert_close(of_found, of_expected, rtol=0.05, atol=0.05)
+
+
+def test_a_stream_without_tokens_gives_all_inputs_a_gradient() -> None:
+    q, k, v = (torch.zeros(0, heads, 8, requires_grad=True) for heads in (4, 2, 2))
+    attend(q, k, v, Layout.of([0])).sum().backward()
+    assert all(x.grad is not None and x.grad.shape == x.shape for x in (q, k, v))

@@ -163,6 +163,20 @@ def test_permuted_tokens_give_permuted_outputs() -> None:
         torch.testing.assert_close(layer(values[order], stream(permuted)), layer(values, stream(of))[order])
 
 
+@pytest.mark.parametrize("router", ["expert_choice", "token_choice"])
+def test_a_group_without_tokens_gives_its_parameters_a_gradient_of_zero(router: str) -> None:
+    """Ranks meet for the gradients of every parameter, whatever modalities their batches hold."""
+    of, values = layout([20], [1]), hidden(20)
+    only_text = replace(of, groups=torch.zeros(20, dtype=torch.int8))
+    layer = experts(replace(FOUR, router=router))
+    reports = Reports()
+    total = layer(values, stream(only_text, draws=True, reports=reports)).sum()
+    torch.stack([total, *reports.balance]).sum().backward()
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad is not None, name
+        assert bool(parameter.grad.any()) == name.startswith("groups.text"), name
+
+
 def test_padding_is_taken_by_no_expert_and_takes_no_capacity() -> None:
     padded, values = layout([30, 20], [2], padding=20), hidden(50)
     assert padded.groups is not None
@@ -312,9 +326,9 @@ def test_balance_is_least_where_tokens_are_spread_evenly() -> None:
     assert isinstance(group, ExpertGroup)
     pack = torch.tensor([0] * 8 + [1] * 4)
     even = torch.full((12, 4), 0.25)
-    assert group._imbalance(even, torch.arange(12)[:, None] % 4, pack) == pytest.approx(12)
+    assert group._imbalance(even, torch.arange(12)[:, None] % 4, pack, 2) == pytest.approx(12)
     one_hot = torch.nn.functional.one_hot(torch.zeros(12, dtype=torch.int64), 4).float()
-    assert group._imbalance(one_hot, torch.zeros(12, 1, dtype=torch.int64), pack) == pytest.approx(48)
+    assert group._imbalance(one_hot, torch.zeros(12, 1, dtype=torch.int64), pack, 2) == pytest.approx(48)
 
 
 # --------------------------------------------------------------------------------------------------------------- depth

@@ -152,6 +152,36 @@ def test_a_router_of_a_block_is_left_to_adamw() -> None:
     assert kind == "adamw"
 
 
+def test_experts_that_lie_in_one_parameter_are_updated_one_by_one() -> None:
+    together, apart = nn.Linear(6, 15, bias=False), [nn.Linear(6, 5, bias=False) for _ in range(3)]
+    with torch.no_grad():
+        together.weight.copy_(torch.cat([one.weight for one in apart]))
+    inputs = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    stacked = {"params": [together.weight], "kind": "muon", "matrices": 3}
+    single = {"params": [one.weight for one in apart], "kind": "muon"}
+    common: dict[str, Any] = {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.1}
+    for group, layers in ((stacked, [together]), (single, apart)):
+        optimizer = Muon([group | common], fused=True, dtype=torch.float32)
+        (torch.cat([layer(inputs) for layer in layers], dim=1).sin().sum()).backward()
+        optimizer.step()
+    torch.testing.assert_close(together.weight, torch.cat([one.weight for one in apart]))
+
+
+def test_the_optimizer_learns_from_the_model_how_many_experts_a_parameter_holds() -> None:
+    model = tiny_model([], experts={"groups": {"text": 3, "image": 1}})
+    options = OptimOptions("muon")
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    counts = {
+        names[parameter].removeprefix("decoder.layers.0.feed_forward.groups."): group["matrices"]
+        for group in build_optimizer(model, options).param_groups
+        for parameter in group["params"]
+        if group["kind"] == "muon"
+    }
+    assert {counts[f"text.{part}.weight"] for part in ("gate", "up", "down")} == {3}
+    assert counts["image.up.weight"] == 1
+    assert "text.router.weight" not in counts
+
+
 def test_a_part_may_go_by_another_optimizer() -> None:
     mixed = kinds(OptimOptions("muon", parts=[Part("^encoders", kind="adamw")]))
     assert {name.split(".")[0] for name, kind in mixed.items() if kind == "muon"} == {"decoder"}

@@ -298,7 +298,7 @@ class Decoder(nn.Module):
         """
         config = self.config
         routing = self.routing or ("choice" if self.training else "auxiliary")
-        if cache is not None and not (config.is_causal and routing == "auxiliary"):
+        if cache is not None and config.couples and not (config.is_causal and routing == "auxiliary"):
             raise ValueError(
                 "generating needs a causal decoder, and the experts or layers of this one choose among all tokens of a "
                 "pack, later ones too; train auxiliary routers for it (train/moma-routers.yaml)"

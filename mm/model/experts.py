@@ -124,8 +124,8 @@ class Members(NamedTuple):
 
     index: (n,) int64 positions in the stream, ascending
     pack: (n,) int64 pack of each
+    packs: P, how many there are
     cell: (n,) int64 cell of each in a block of (P, L), where a pack has a row
-    cells: P · L
     longest: L, most members in a pack
     ranks: (R,) int64 cells of a (P, K) block of members by rank, those that are within their pack's capacity
     most: K, members that an expert takes from a pack at most
@@ -133,13 +133,14 @@ class Members(NamedTuple):
 
     index: Tensor
     pack: Tensor
+    packs: int
     cell: Tensor
-    cells: int
     longest: int
     ranks: Tensor
     most: int
 
 
+@torch.compiler.disable(reason="how many tokens there are differs in every batch")
 def members(layout: Layout, group: int, experts: int, capacity: float, scope: str) -> Members:
     """The members of a group, where each of `experts` takes ``capacity / experts`` of them from every pack."""
 
@@ -156,7 +157,7 @@ def members(layout: Layout, group: int, experts: int, capacity: float, scope: st
         most = int(takes.max())
         ranks = (torch.arange(most) < takes[:, None]).flatten().nonzero().squeeze(1)
         index, packs, cell, ranks = (x.to(layout.device) for x in (index, packs, packs * longest + place, ranks))
-        return Members(index, packs, cell, len(counts) * longest, longest, ranks, most)
+        return Members(index, packs, len(counts), cell, longest, ranks, most)
 
     return layout.derive(("members", group, experts, capacity, scope), find)
 
@@ -220,6 +221,10 @@ class ExpertGroup(nn.Module):
         self.auxiliary = AuxiliaryRouter(width, experts) if experts > 1 and options.auxiliary else None
         self.norm = nn.Identity() if norm_eps is None else RMSNorm(width, norm_eps)
 
+    def stacked(self) -> dict[str, int]:
+        """By name of a parameter, how many matrices lie below each other in it, for optimizers that treat matrices."""
+        return {f"{name}.weight": self.experts for name in ("gate", "up", "down")}
+
     def forward(self, hidden: Tensor, stream: Stream, group: int) -> tuple[Tensor, Tensor]:
         """(m,) positions in the stream, and the (m, D) that is to be added there."""
         found = members(stream.layout, group, self.experts, self.options.capacity, self.options.scope)
@@ -247,17 +252,18 @@ class ExpertGroup(nn.Module):
             stream.reports.imitation.append(self.auxiliary.imitation(own, chosen))
         return found.index.index_select(0, picked.flatten()), outputs.flatten(0, 1)
 
+    @torch.compiler.disable(reason="it is indices only, and their number differs in every batch")
     def _pick(self, logits: Tensor, stream: Stream, found: Members) -> Tensor:
         """(E, R) members that each expert takes: those of highest score in every pack."""
         if self.options.noise and stream.draws:
             keys = stream.layout.keys.index_select(0, found.index)
             logits = logits + logistic(keys, self.experts, self.layer)
-        block = logits.new_full((found.cells, self.experts), float("-inf")).index_copy(0, found.cell, logits)
-        member = found.cell.new_zeros(found.cells)
+        cells = found.packs * found.longest
+        block = logits.new_full((cells, self.experts), float("-inf")).index_copy(0, found.cell, logits)
+        member = found.cell.new_zeros(cells)
         member = member.index_copy(0, found.cell, torch.arange(len(found.cell), device=member.device))
-        rows = found.cells // found.longest if found.longest else 0
-        ranked = block.view(rows, found.longest, self.experts).topk(found.most, dim=1).indices  # (P, K, E)
-        starts = torch.arange(rows, device=ranked.device)[:, None, None] * found.longest
+        ranked = block.view(found.packs, found.longest, self.experts).topk(found.most, dim=1).indices  # (P, K, E)
+        starts = torch.arange(found.packs, device=ranked.device)[:, None, None] * found.longest
         cells = (ranked + starts).flatten(0, 1).index_select(0, found.ranks)  # (R, E)
         return member[cells].T.contiguous()
 
@@ -278,14 +284,16 @@ class ExpertGroup(nn.Module):
         member = order // self.options.top
         outputs = self.norm(self._compute_each(own.index_select(0, member), chosen.flatten()[order]))
         if stream.draws:
-            stream.reports.balance.append(self.options.balance * self._imbalance(probabilities, chosen, found.pack))
+            stream.reports.balance.append(
+                self.options.balance * self._imbalance(probabilities, chosen, found.pack, found.packs)
+            )
         return found.index[member], outputs * weights.flatten()[order].to(own.dtype)[:, None]
 
-    def _imbalance(self, probabilities: Tensor, chosen: Tensor, pack: Tensor) -> Tensor:
+    def _imbalance(self, probabilities: Tensor, chosen: Tensor, pack: Tensor, packs: int) -> Tensor:
         """() Σ over packs of n · E · Σ_e f_e P_e, with f_e the share of the n tokens that chose expert e and P_e its
         mean probability (Fedus et al. 2021, eq. 4 to 6). It is n where all is even."""
         chose = F.one_hot(chosen, self.experts).sum(1).to(probabilities.dtype)
-        in_pack = F.one_hot(pack).to(probabilities.dtype)  # (n, P)
+        in_pack = F.one_hot(pack, packs).to(probabilities.dtype)  # (n, P)
         tokens = in_pack.sum(0).clamp(min=1)
         products = (in_pack.T @ chose) * (in_pack.T @ probabilities) / self.options.top
         return self.experts * (products.sum(1) / tokens).sum()
@@ -343,6 +351,7 @@ class Untied(nn.Module):
         super().__init__()
         self.groups = nn.ModuleDict({name: make() for name in groups})
 
+    @torch.compiler.disable(reason="how many tokens each part gets differs in every batch")
     def forward(self, hidden: Tensor, stream: Stream) -> Tensor:
         order, back, sizes = self._sorted(stream.layout)
         parts = hidden.index_select(0, order).split(sizes)

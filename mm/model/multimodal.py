@@ -21,6 +21,7 @@ from mm.layers.layout import WHOLE, Layout
 from mm.model.decoder import Decoder, DecoderConfig
 from mm.model.hub import load_decoder, read_decoder_config
 from mm.model.stream import Reports
+from mm.model.upcycle import upcycled
 from mm.packing.batch import IGNORE, Batch, Media
 from mm.packing.collate import Entrance
 from mm.sample import Modality
@@ -55,15 +56,28 @@ class DecoderOptions:
     pretrained: hub name, folder with safetensors, `.gguf` file, or ``package://PACKAGE/FILE``
     config: fields of `DecoderConfig`. Given beside a checkpoint they save asking the hub for its sizes while planning;
         the checkpoint must have them
+    upcycle: fields of `DecoderConfig` in which the decoder differs from the checkpoint: `experts`, `untied`, `depth`, a
+        larger `vocabulary`; see `mm.model.upcycle`
     attention: backend of `mm.layers.attention.attend`
     """
 
     pretrained: str | None = None
     config: dict[str, Any] | None = None
+    upcycle: dict[str, Any] = field(default_factory=dict)
     attention: str = "auto"
 
     def resolve(self) -> DecoderConfig:
         """The sizes of the decoder, without reading weights."""
+        before = self.before_upcycling()
+        if not self.upcycle:
+            return before
+        if self.pretrained is None:
+            raise RecipeError("model.decoder.upcycle needs `pretrained`, the checkpoint that it starts from")
+        values = {entry.name: getattr(before, entry.name) for entry in fields(DecoderConfig)}
+        return build({"_target_": "mm.model.decoder.DecoderConfig", **values, **self.upcycle}, DecoderConfig)
+
+    def before_upcycling(self) -> DecoderConfig:
+        """The sizes of the checkpoint."""
         if self.config is not None:
             return build({"_target_": "mm.model.decoder.DecoderConfig", **self.config}, DecoderConfig)
         if self.pretrained is None:
@@ -77,7 +91,7 @@ class DecoderOptions:
             RecipeError: it has other sizes than `config` says.
         """
         assert self.pretrained is not None
-        promised, decoder = self.resolve(), load_decoder(self.pretrained)
+        promised, decoder = self.before_upcycling(), load_decoder(self.pretrained)
         for entry in fields(DecoderConfig):
             found, expected = getattr(decoder.config, entry.name), getattr(promised, entry.name)
             if found != expected:
@@ -85,7 +99,7 @@ class DecoderOptions:
                     f"model.decoder.config.{entry.name} is {expected} and {self.pretrained} has {found}; "
                     "correct the recipe, or leave `config` out to take what the checkpoint has"
                 )
-        return decoder
+        return upcycled(decoder, Decoder(self.resolve())) if self.upcycle else decoder
 
 
 @dataclass

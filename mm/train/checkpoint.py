@@ -24,6 +24,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from mm.model.upcycle import NotUpcyclable, upcycle
 from mm.train.average import AVERAGE, UPDATES
 from mm.train.parallel import Engine, World
 from mm.train.reading import DamagedCheckpoint, Planner, Reader
@@ -120,6 +121,43 @@ def load_weights(path: Path, model: nn.Module) -> None:
     _check_names(path, wanted)
     load_alone({"model": wanted}, path)
     model.load_state_dict(wanted)
+
+
+def fits(path: Path, model: nn.Module) -> bool:
+    """Whether a checkpoint's parameters are those of a model."""
+    try:
+        check_architecture(path, model)
+    except CheckpointError:
+        return False
+    return True
+
+
+def load_beginning(path: Path, model: nn.Module) -> None:
+    """Load weights of the same architecture, or of a smaller one that grows into the model, into an unsharded model.
+
+    Raises:
+        CheckpointError: as `load_weights`, and `mm.model.upcycle` has no rule for the difference.
+    """
+    try:
+        load_weights(path, model)
+    except CheckpointError as error:
+        try:
+            upcycle(_read_weights(path), model)
+        except NotUpcyclable as reason:
+            raise CheckpointError(f"{error}\nIt cannot be upcycled either:\n{reason}") from error
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    """All weights of a checkpoint or an export, by name."""
+    if (path / WEIGHTS).exists():
+        return load_file(path / WEIGHTS)
+    found = {
+        name.removeprefix("model."): torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in Reader(path).read_metadata().state_dict_metadata.items()
+        if name.startswith("model.") and isinstance(entry, TensorStorageMetadata)
+    }
+    load_alone({"model": found}, path)
+    return found
 
 
 def load_averages(path: Path, model: nn.Module) -> None:

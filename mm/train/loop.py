@@ -71,7 +71,6 @@ def train(recipe: Recipe, profiled: Steps | None = None) -> Path:
         check_engine(parallel, chosen.optim, processes, chosen.packing.capacity)
         check_division(chosen.packing, processes // parallel.context, chosen.micro_batch)
     check_installed(recipe.log_to)
-    torch.manual_seed(recipe.seed)
     with locked(recipe.folder):
         resumed = checkpoint.latest(recipe.folder / "checkpoints")
         if resumed:
@@ -122,11 +121,18 @@ def run(
     dtype = resolve_precision(recipe.precision, world.device)
     resumed = saver.last
 
+    saved = checkpoint.read_position(resumed) if resumed else None
+    begins = saved is not None and len(saved.finished) < stage.number
+    torch.manual_seed(recipe.seed)
     model = build_model(recipe.model, meta=not world.is_first).train()  # `build_engine` gives the others their weights
+    if begins and resumed and not checkpoint.fits(resumed, model):
+        resumed, start = None, resumed  # another architecture: weights go on where they can, moments do not
+    else:
+        start = checkpoint.find(recipe.init_from) if recipe.init_from else None
     if world.is_first and not resumed:
-        if recipe.init_from:
-            checkpoint.load_weights(checkpoint.find(recipe.init_from), model)
-        if recipe.warm_start:
+        if start:
+            checkpoint.load_beginning(start, model)
+        if recipe.warm_start and not saved:
             batches = first_packs(data, recipe.warm_start.packs, world.device)
             warm_start(model.to(world.device), batches, data.blueprint.processor.text.end, recipe.warm_start.penalty)
     freeze(model, recipe.optim)
@@ -137,13 +143,11 @@ def run(
 
     position, total = stage.position, stage.end
     if resumed:
-        saved = checkpoint.read_position(resumed)
-        begins = len(saved.finished) < stage.number
         checkpoint.load(resumed, engine, next_stage=begins)
-        if begins:
-            position = replace(position, tokens=saved.tokens)
-        else:
+        if not begins:
             check_plan(position, data, resumed)
+    if begins and saved:
+        position = replace(position, tokens=saved.tokens)
     batches = load_batches(recipe, world, data, position, total)
     reader, share = world.reader(recipe.parallel.context), world.share(recipe.parallel.context)
     micro_steps = recipe.packing.packs_per_batch // (reader.count * recipe.micro_batch)

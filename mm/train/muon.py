@@ -47,6 +47,11 @@ def orthogonalise(matrix: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return x.T if tall else x
 
 
+def orthogonalise_each(stacked: Tensor, matrices: int, dtype: torch.dtype) -> Tensor:
+    """(k · m, n) with every one of k matrices that lie below each other orthogonalised."""
+    return torch.cat([orthogonalise(matrix, dtype) for matrix in stacked.chunk(matrices)])
+
+
 class Muon(torch.optim.Optimizer):
     """Muon on the groups whose ``kind`` is muon, AdamW on the others.
 
@@ -57,7 +62,7 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, groups: list[dict[str, Any]], fused: bool, dtype: torch.dtype) -> None:
-        super().__init__(groups, {"fused": fused})
+        super().__init__(groups, {"fused": fused, "matrices": 1})
         self.dtype = dtype
 
     @torch.no_grad()
@@ -76,8 +81,9 @@ class Muon(torch.optim.Optimizer):
         """Muon's update. Weights shrink first, as in AdamW."""
         for matrices in _shared_out(parameters):
             updates = [self._momentum(matrix, group["momentum"]) for matrix in matrices]
-            for matrix, update in zip(matrices, _orthogonalised(updates, self.dtype), strict=True):
-                rate = RMS * max(matrix.shape) ** 0.5 * group["lr"]
+            count = group["matrices"]
+            for matrix, update in zip(matrices, _orthogonalised(updates, count, self.dtype), strict=True):
+                rate = RMS * max(len(matrix) // count, matrix.shape[1]) ** 0.5 * group["lr"]
                 _local(matrix).mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
 
     def _momentum(self, parameter: nn.Parameter, momentum: float) -> Tensor:
@@ -133,10 +139,10 @@ def _shared_out(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
         yield waiting
 
 
-def _orthogonalised(updates: list[Tensor], dtype: torch.dtype) -> Iterable[Tensor]:
-    """What this process holds of every orthogonalised matrix; of plain tensors, all."""
+def _orthogonalised(updates: list[Tensor], count: int, dtype: torch.dtype) -> Iterable[Tensor]:
+    """What this process holds of every orthogonalised matrix, or of `count` of them in one; of plain tensors, all."""
     if not isinstance(updates[0], DTensor):
-        return [orthogonalise(update, dtype) for update in updates]
+        return [orthogonalise_each(update, count, dtype) for update in updates]
     mesh = updates[0].device_mesh
     axis = mesh.ndim - 1  # where replicas hold the matrix too (HSDP), each of them computes it on its own
     own, size, group = mesh.get_local_rank(axis), mesh.size(axis), mesh.get_group(axis)
@@ -151,7 +157,7 @@ def _orthogonalised(updates: list[Tensor], dtype: torch.dtype) -> Iterable[Tenso
     whole = shards.new_empty(sum(of_mine))
     dist.all_to_all_single(whole, shards, of_mine, of_theirs, group)
     if own < len(updates):
-        whole = orthogonalise(whole.view(shapes[own]), dtype).flatten()
+        whole = orthogonalise_each(whole.view(shapes[own]), count, dtype).flatten()
     dist.all_to_all_single(shards, whole, of_theirs, of_mine, group)
     pieces = shards.split(of_theirs[: len(updates)])
     return [piece.view(-1, shape[1]) for piece, shape in zip(pieces, shapes, strict=True)]

@@ -155,7 +155,7 @@ def parameter_groups(model: nn.Module, options: OptimOptions) -> list[dict[str, 
     The order of groups and of parameters depends on the model and the options only, so it is the same on every rank.
     """
     undecayed, layers = _undecayed(model), _layers(model)
-    for_muon = _matrices_of_blocks(model) - undecayed
+    for_muon = {one: count for one, count in _matrices_of_blocks(model).items() if one not in undecayed}
     groups: dict[tuple, dict[str, Any]] = {}
     for name, parameter, part in _assign_parts(model, options):
         if not parameter.requires_grad:
@@ -177,6 +177,7 @@ def parameter_groups(model: nn.Module, options: OptimOptions) -> list[dict[str, 
             "kind": (part.kind or options.kind) if parameter in for_muon else "adamw",
             "peak_lr": lr,
             "weight_decay": 0.0 if parameter in undecayed else decay,
+            "matrices": for_muon.get(parameter, 1),
         }
         common = {"lr": lr, "betas": options.betas, "eps": options.eps, "momentum": options.momentum}
         groups.setdefault(tuple(group.values()), {"params": [], **group, **common})["params"].append(parameter)
@@ -283,12 +284,19 @@ def _undecayed(model: nn.Module) -> set[nn.Parameter]:
     return undecayed
 
 
-def _matrices_of_blocks(model: nn.Module) -> set[nn.Parameter]:
-    """Two-dimensional parameters of the repeated blocks of encoders and decoder, without those of routers."""
+def _matrices_of_blocks(model: nn.Module) -> dict[nn.Parameter, int]:
+    """Two-dimensional parameters of the repeated blocks of encoders and decoder, without those of routers, and how many
+    matrices lie below each other in each: experts say so in `stacked`."""
+    blocks = [block for tower in _towers(model) for block in tower.blocks()]
+    stacked = {
+        module.get_parameter(name): count
+        for block in blocks
+        for module in block.modules()
+        for name, count in getattr(module, "stacked", dict)().items()
+    }
     return {
-        parameter
-        for tower in _towers(model)
-        for block in tower.blocks()
+        parameter: stacked.get(parameter, 1)
+        for block in blocks
         for name, parameter in block.named_parameters()
         if parameter.ndim == 2 and "router" not in name.split(".")
     }

@@ -252,14 +252,19 @@ def join_context(config: DecoderConfig, world: World, size: int) -> Context | No
     """The neighbours with which this process shares its streams; None for itself alone.
 
     Raises:
-        RecipeError: so many cannot share the decoder's heads.
+        RecipeError: so many cannot share the decoder's heads, or a device must know more than its part of a stream.
     """
+    if size == 1:
+        return None
     try:
         check_heads(size, config.heads, config.kv_heads)
     except ValueError as error:
         raise RecipeError(f"parallel.context is {size}: {error}") from error
-    if size == 1:
-        return None
+    if config.experts is not None or config.depth is not None or config.dropout:
+        raise RecipeError(
+            f"parallel.context is {size}, and experts, depth routing and dropout need all tokens of a pack on one "
+            "device: set it to 1"
+        )
     mesh = init_device_mesh(world.device.type, (world.size // size, size), mesh_dim_names=("reader", "context"))
     return Context(size, mesh.get_group("context"))
 
