@@ -390,6 +390,37 @@ def build_shards(
     console.print(f"{out} holds the shards and their card")
 
 
+@data_app.command("tokenize")
+def tokenize_data(
+    card: Annotated[Path, typer.Argument(help="a data card")],
+    tokenizer: Annotated[Path, typer.Option("--with", help="a tokenizer of media, as model.tokenizers names it")],
+    split: Annotated[str, typer.Option(help="split of the card")] = "train",
+    folder: Annotated[Path, typer.Option(help="where indexes and columns are kept")] = Path("~/.cache/mm/index"),
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda where there is one, if left out")] = None,
+    batch: Annotated[int, typer.Option(help="samples that are looked at together")] = 32,
+    processes: Annotated[int, typer.Option(help="how many work in parallel; 0 is this one")] = 0,
+    cache: CacheLimit = None,
+    cache_folder: CacheFolder = CACHE_FOLDER,
+) -> None:
+    """Write the codes of a tokenizer as a column beside a split's index: training reads them instead of the files.
+
+    Repeated, it goes on with the shards that are missing.
+    """
+    import torch
+
+    from mm.data.index import index_card
+    from mm.score.tokenize import tokenize
+
+    rows = index_card(load_card(card, cache, cache_folder), split, folder.expanduser(), processes)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    found = tokenize(rows, configure.resolve(tokenizer), device, batch, processes)
+    console.print(
+        f"{rows.card.name}/{split}: {found.items:,} items in {rows.rows:,} samples are {found.codes:,} codes; "
+        f"{found.broken:,} could not be decoded",
+        highlight=False,
+    )
+
+
 @data_app.command("show")
 def show_sample(
     card: Annotated[Path, typer.Argument(help="a data card")],
@@ -403,7 +434,7 @@ def show_sample(
     """Show one sample of a card, part by part."""
     from mm import media
     from mm.data.index import index_card
-    from mm.sample import Text
+    from mm.sample import MediaPart, Text
 
     rows = index_card(load_card(card, cache, cache_folder), split, folder.expanduser())
     sample = rows.sample(row)
@@ -413,6 +444,7 @@ def show_sample(
         if isinstance(part, Text):
             console.print(f"{role}{part.text!r}" + ("" if part.loss else "  (no loss)"), markup=False)
             continue
+        assert isinstance(part, MediaPart)  # codes are in columns, not in shards
         console.print(f"{role}{part.modality.label} {media.facts(part)}, {len(part.data):,} bytes", markup=False)
         if save is not None:
             save.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 A caption pair is ``[Image, Text]``, an interleaved page ``[Text, Image, Text, …]``, a chat the same with roles.
 Media parts hold the encoded file (undecoded) until the last moment; `mm.media` reads their headers and decodes them.
+Where a modality is discrete, training reads `Codes` in their place.
 """
 
 from __future__ import annotations
@@ -68,8 +69,17 @@ class PointCloud:
     modality: ClassVar[Modality] = Modality.POINT
 
 
+@dataclass(frozen=True, slots=True)
+class Codes:
+    """An item that a tokenizer has turned into codes: `ids` in [0, K), without the offset of the joint vocabulary."""
+
+    modality: Modality
+    ids: tuple[int, ...]
+    role: Role | None = None
+
+
 MediaPart = Image | Speech | PointCloud
-Part = Text | MediaPart
+Part = Text | MediaPart | Codes
 MEDIA_PARTS: dict[Modality, type[MediaPart]] = {
     Modality.IMAGE: Image,
     Modality.SPEECH: Speech,
@@ -91,8 +101,8 @@ class Sample:
 
     @property
     def media(self) -> tuple[MediaPart, ...]:
-        """The parts that are not text, in order."""
-        return tuple(part for part in self.parts if not isinstance(part, Text))
+        """The parts that are files, in order."""
+        return tuple(part for part in self.parts if isinstance(part, MediaPart))
 
     @property
     def is_chat(self) -> bool:

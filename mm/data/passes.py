@@ -109,10 +109,14 @@ def bar(label: str, total: float, wanted: bool = True) -> Iterator[Callable[[flo
         yield show
 
 
-def write_table(table: pa.Table, file: Path, key: bytes, stamp: Any) -> None:
-    """Writes a parquet file with a JSON stamp under a key of its metadata. The caller holds the file's lock."""
-    unfinished = file.with_suffix(".unfinished")
-    pq.write_table(table.replace_schema_metadata({key: json.dumps(stamp)}), unfinished, compression="zstd")
+def write_table(table: pa.Table, file: Path, key: bytes, stamp: Any, group: int | None = None) -> None:
+    """Writes a parquet file with a JSON stamp under a key of its metadata. The caller holds the file's lock.
+
+    Args:
+        group: rows of a row group, for files that are read in shuffled order.
+    """
+    unfinished, stamped = file.with_suffix(".unfinished"), table.replace_schema_metadata({key: json.dumps(stamp)})
+    pq.write_table(stamped, unfinished, compression="zstd", row_group_size=group)
     unfinished.replace(file)
 
 

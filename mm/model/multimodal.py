@@ -23,8 +23,11 @@ from mm.model.hub import load_decoder, read_decoder_config
 from mm.model.stream import Reports
 from mm.model.upcycle import upcycled
 from mm.packing.batch import IGNORE, Batch, Media
-from mm.packing.collate import Entrance
+from mm.packing.collate import Entrance, Processor, Spelling
 from mm.sample import Modality
+from mm.tokenizers.base import MediaTokenizer
+from mm.tokenizers.text import TextTokenizer
+from mm.tokenizers.vocabulary import Vocabulary
 
 
 class SlotMismatch(RuntimeError):
@@ -104,10 +107,23 @@ class DecoderOptions:
 
 @dataclass
 class ModelOptions:
-    """`model:` of a recipe. Each encoder is a component with its adapter: ``{_target_: …, adapter: {_target_: …}}``."""
+    """`model:` of a recipe.
+
+    encoders: by modality, the continuous way in with its adapter: ``{_target_: …, adapter: {_target_: …}}``
+    tokenizers: by modality, the discrete way in: ``{_target_: …}``. They are no part of the trained model, `mm data
+        tokenize` writes their codes beforehand
+    """
 
     decoder: DecoderOptions = field(default_factory=DecoderOptions)
     encoders: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tokenizers: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in self.encoders.keys() & self.tokenizers.keys():
+            raise RecipeError(
+                f"{name} has an encoder (`encoders.{name}`) and a tokenizer (`tokenizers.{name}`); a modality enters "
+                "in one of the two ways, so remove one"
+            )
 
 
 class MultimodalLM(nn.Module):
@@ -126,7 +142,7 @@ class MultimodalLM(nn.Module):
 
     @property
     def entrances(self) -> dict[Modality, Entrance]:
-        """What the planner and the loader need to know of the encoders."""
+        """How the modalities with an encoder enter, for the planner and the loader; see `build_processor`."""
         return {
             modality: Entrance(self._encoder(modality).transform, self._adapter(modality))
             for modality in self.modalities
@@ -208,7 +224,9 @@ class MultimodalLM(nn.Module):
         return parts
 
     def media_flops(self, modality: Modality, grid: Grid) -> float:
-        """Forward FLOPs of one item in its encoder and adapter."""
+        """Forward FLOPs of one item in its encoder and adapter; none where it enters as codes."""
+        if modality not in self.modalities:
+            return 0.0
         return self._encoder(modality).flops(grid) + self._adapter(modality).flops(grid)
 
     def _encoder(self, modality: Modality) -> Encoder:
@@ -234,15 +252,43 @@ def build_model(options: ModelOptions, *, meta: bool = False) -> MultimodalLM:
         decoder = Decoder(config) if meta or options.decoder.pretrained is None else options.decoder.load()
         decoder.attention_backend = options.decoder.attention
         for name, spec in options.encoders.items():
-            encoders[_modality(name)] = _build_encoder(name, spec, config.width)
+            encoders[_modality("encoders", name)] = _build_encoder(name, spec, config.width)
     return MultimodalLM(decoder, encoders)
 
 
-def _modality(name: str) -> Modality:
+def build_processor(options: ModelOptions, model: MultimodalLM, text: TextTokenizer) -> Processor:
+    """What turns samples into documents for a model: every modality by the way in that the recipe gives it.
+
+    Raises:
+        RecipeError: a tokenizer of another modality, or a decoder whose vocabulary does not hold all ids.
+    """
+    with torch.device("meta"):
+        tokenizers = {
+            _modality("tokenizers", name): _build_tokenizer(name, spec) for name, spec in options.tokenizers.items()
+        }
+    vocabulary = Vocabulary.of(text.vocabulary, {modality: one.codes for modality, one in tokenizers.items()})
+    vocabulary.check_fits(model.decoder.config.vocabulary)
+    spellings = {
+        modality: Spelling(one.transform, vocabulary.codebooks[modality], one.fingerprint)
+        for modality, one in tokenizers.items()
+    }
+    return Processor(text, {**model.entrances, **spellings})
+
+
+def _modality(kind: str, name: str) -> Modality:
     allowed = [modality.label for modality in Modality if modality is not Modality.TEXT]
     if name not in allowed:
-        raise RecipeError(f"model.encoders.{name}: not a modality; allowed: {', '.join(allowed)}")
+        raise RecipeError(f"model.{kind}.{name}: not a modality; allowed: {', '.join(allowed)}")
     return Modality[name.upper()]
+
+
+def _build_tokenizer(name: str, spec: dict[str, Any]) -> MediaTokenizer:
+    tokenizer = build(spec, MediaTokenizer)
+    if tokenizer.transform.modality != _modality("tokenizers", name):
+        raise RecipeError(
+            f"model.tokenizers.{name} is {spec.get('_target_')}, which takes {tokenizer.transform.modality.label}"
+        )
+    return tokenizer
 
 
 def _build_encoder(name: str, spec: dict[str, Any], width: int) -> tuple[Encoder, Adapter]:
@@ -250,7 +296,7 @@ def _build_encoder(name: str, spec: dict[str, Any], width: int) -> tuple[Encoder
         raise RecipeError(f"model.encoders.{name} has no `adapter`: say how its features become embeddings")
     encoder_spec = {key: value for key, value in spec.items() if key != "adapter"}
     encoder = build(encoder_spec, Encoder)
-    if encoder.transform.modality != _modality(name):
+    if encoder.transform.modality != _modality("encoders", name):
         raise RecipeError(
             f"model.encoders.{name} is {spec.get('_target_')}, which takes {encoder.transform.modality.label}"
         )

@@ -1,13 +1,15 @@
 """A sample becomes a document, and documents become a batch.
 
     Sample ─render─▶ pieces ─document─▶ Document ─collate─▶ Batch
-           (tokenizer)      (transforms)         (shift, slots)
+           (tokenizer)      (entrances)          (shift, slots)
 
-`Processor.length` answers from header facts what `Processor.document` will give once the file is decoded.
+Media enter in one of two ways: an `Entrance` reserves slots for what an encoder makes of the decoded file, a `Spelling`
+writes the codes that a tokenizer made of it as ids. Both answer from header facts how many tokens that will be.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -21,8 +23,9 @@ from mm.configure import RecipeError
 from mm.encoders.base import Adapter, Grid, Transform
 from mm.layers.layout import WHOLE, Share
 from mm.packing.batch import IGNORE, Batch, Media
-from mm.sample import Modality, Sample
+from mm.sample import Codes, MediaPart, Modality, Sample
 from mm.tokenizers.text import Piece, TextTokenizer
+from mm.tokenizers.vocabulary import Codebook
 
 Owner = tuple[int, int, int]
 """(source, shard, row in it) of a document; -1 for padding."""
@@ -35,13 +38,6 @@ class LengthMismatch(RuntimeError):
     """
 
 
-class Entrance(NamedTuple):
-    """How one modality enters: `adapter` is only asked for lengths, so it may live on the meta device."""
-
-    transform: Transform
-    adapter: Adapter
-
-
 class Item(NamedTuple):
     """One media item of a document: the prepared tensor, its feature grid, its first slot and their number."""
 
@@ -52,6 +48,84 @@ class Item(NamedTuple):
     length: int
 
 
+class CodeRun(NamedTuple):
+    """One media item of a document that stands there as ids: where it begins, and how many they are with both ends."""
+
+    modality: Modality
+    start: int
+    length: int
+
+
+class Laid(NamedTuple):
+    """What a media part becomes: the item and its S tokens, their loss weights as targets, and their modalities."""
+
+    item: Item | CodeRun
+    tokens: list[int]
+    weights: list[float]
+    modality: list[Modality]
+
+
+class Entrance(NamedTuple):
+    """The continuous way in: features. `adapter` is only asked for lengths, so it may live on the meta device."""
+
+    transform: Transform
+    adapter: Adapter
+
+    def length(self, facts: media.Facts) -> int:
+        """Tokens that an item takes."""
+        return self.adapter.length(self.transform.grid(facts))
+
+    def lay(self, part: MediaPart | Codes, start: int, pad: int, loss: bool) -> Laid:
+        """The item decoded and prepared, with slots that hold `pad` and bear no loss.
+
+        Raises:
+            BrokenMedia: the file cannot be decoded.
+            RecipeError: the item is codes.
+        """
+        kind = part.modality
+        if isinstance(part, Codes):
+            raise RecipeError(f"the sample holds {kind.label} codes and the recipe has an encoder for {kind.label}")
+        decoded = media.decode(part)
+        grid = self.transform.grid(media.measure(decoded))
+        size = self.adapter.length(grid)
+        item = Item(kind, self.transform.prepare(decoded), grid, start, size)
+        return Laid(item, [pad] * size, [0.0] * size, [kind] * size)
+
+
+class Spelling(NamedTuple):
+    """The discrete way in: codes that a tokenizer wrote beforehand, as ids between the begin and end of their codebook.
+
+    fingerprint: of the tokenizer
+    """
+
+    transform: Transform
+    codebook: Codebook
+    fingerprint: str
+
+    def length(self, facts: media.Facts) -> int:
+        """Tokens that an item takes."""
+        return math.prod(self.transform.grid(facts)) + 2
+
+    def lay(self, part: MediaPart | Codes, start: int, pad: int, loss: bool) -> Laid:
+        """The item's ids, all of them targets or none. The two ends are special tokens of the text.
+
+        Raises:
+            RecipeError: the item is a file.
+        """
+        kind = part.modality
+        if not isinstance(part, Codes):
+            raise RecipeError(
+                f"the recipe takes {kind.label} as codes (model.tokenizers.{kind.label}) and the sample holds a file; "
+                "`MediaTokenizer.codes_of` makes codes of it"
+            )
+        ids = self.codebook.spell(part.ids)
+        modality = [Modality.TEXT, *[kind] * len(part.ids), Modality.TEXT]
+        return Laid(CodeRun(kind, start, len(ids)), ids, [float(loss)] * len(ids), modality)
+
+
+WayIn = Entrance | Spelling
+
+
 @dataclass(frozen=True, slots=True)
 class Document:
     """A sample as L tokens.
@@ -59,12 +133,13 @@ class Document:
     tokens: (L,) int64, the pad token in media slots
     weights: (L,) float32 loss weight of each token *as a target*
     modality: (L,) int8; -1 for padding
+    items: its media in order
     """
 
     tokens: np.ndarray
     weights: np.ndarray
     modality: np.ndarray
-    items: tuple[Item, ...]
+    items: tuple[Item | CodeRun, ...]
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -85,10 +160,13 @@ class TextLength(NamedTuple):
 
 @dataclass(frozen=True)
 class Processor:
-    """Everything that turns samples into documents. Picklable: it travels into loader workers."""
+    """Everything that turns samples into documents. Picklable: it travels into loader workers.
+
+    entrances: how each modality of the recipe enters
+    """
 
     text: TextTokenizer
-    entrances: Mapping[Modality, Entrance]
+    entrances: Mapping[Modality, WayIn]
 
     def text_length(self, sample: Sample) -> TextLength:
         """Length of the text of a sample; media are counted by `media_length`."""
@@ -100,11 +178,15 @@ class Processor:
         return TextLength(tokens, before)
 
     def media_length(self, modality: Modality, facts: media.Facts) -> int:
-        """Embeddings that an item gives, from its header facts alone."""
-        entrance = self.entrance(modality)
-        return entrance.adapter.length(entrance.transform.grid(facts))
+        """Tokens that an item takes, from its header facts alone."""
+        return self.entrance(modality).length(facts)
 
-    def entrance(self, modality: Modality) -> Entrance:
+    @property
+    def spellings(self) -> dict[Modality, Spelling]:
+        """The modalities that enter as codes."""
+        return {modality: way for modality, way in self.entrances.items() if isinstance(way, Spelling)}
+
+    def entrance(self, modality: Modality) -> WayIn:
         """The way in of a modality.
 
         Raises:
@@ -112,8 +194,8 @@ class Processor:
         """
         if modality not in self.entrances:
             raise RecipeError(
-                f"the data holds {modality.label} but the recipe has no encoder for it; "
-                f"add model.encoders.{modality.label}"
+                f"the data holds {modality.label} and the recipe has no way in for it; "
+                f"add model.encoders.{modality.label}, or model.tokenizers.{modality.label} for codes"
             )
         return self.entrances[modality]
 
@@ -126,24 +208,20 @@ class Processor:
         return self.assemble(self.text.render(sample))
 
     def assemble(self, pieces: Iterable[Piece]) -> Document:
-        """Rendered pieces as a document, with their media decoded and prepared."""
+        """Rendered pieces as a document, with their media decoded and prepared, or spelled."""
         tokens, weights, modality, items = [], [], [], []
-        length = 0
         for piece in pieces:
             if piece.part is None:
-                kind, size = Modality.TEXT, len(piece.ids)
                 tokens.extend(piece.ids)
+                weights.extend([float(piece.loss)] * len(piece.ids))
+                modality.extend([Modality.TEXT] * len(piece.ids))
             else:
-                kind = piece.part.modality
-                entrance = self.entrance(kind)
-                decoded = media.decode(piece.part)
-                grid = entrance.transform.grid(media.measure(decoded))
-                size = entrance.adapter.length(grid)
-                items.append(Item(kind, entrance.transform.prepare(decoded), grid, length, size))
-                tokens.extend([self.text.pad] * size)
-            weights.extend([1.0 if piece.loss and piece.part is None else 0.0] * size)
-            modality.extend([kind] * size)
-            length += size
+                entrance = self.entrance(piece.part.modality)
+                laid = entrance.lay(piece.part, len(tokens), self.text.pad, piece.loss)
+                items.append(laid.item)
+                tokens.extend(laid.tokens)
+                weights.extend(laid.weights)
+                modality.extend(laid.modality)
         return Document(
             np.array(tokens, np.int64), np.array(weights, np.float32), np.array(modality, np.int8), tuple(items)
         )
@@ -212,10 +290,12 @@ class Processor:
         )
 
     def _media(self, documents: Sequence[Document], offsets: np.ndarray, held: slice) -> dict[Modality, Media]:
-        """The items that reach into a part of the stream."""
+        """The items with slots that reach into a part of the stream."""
         found: dict[Modality, list[tuple[int, Item]]] = {}
         for number, document in enumerate(documents):
             for item in document.items:
+                if isinstance(item, CodeRun):
+                    continue
                 begin = offsets[number] + item.start
                 if begin < held.stop and begin + item.length > held.start:
                     found.setdefault(item.modality, []).append((number, item))

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from itertools import accumulate, groupby
 from typing import NamedTuple
 
-from mm.packing.collate import Document, Item
+from mm.packing.collate import CodeRun, Document, Item
 from mm.report.page import counted
 from mm.report.pictures import picture_of
-from mm.sample import Part, Sample, Text
+from mm.sample import MediaPart, Sample, Text
 from mm.tokenizers.text import TextTokenizer
 
 HALF_A_CHARACTER = "\ufffd"
@@ -27,7 +27,7 @@ HALF_A_CHARACTER = "\ufffd"
 class Span:
     """Neighbouring tokens that are shown alike: text of one loss weight, or one media item.
 
-    text: the words, or what the item became; picture: data URL of a media item, or empty
+    text: the words, or what the item became; picture: data URL of a media item, or empty: of text and of codes
     tokens: how many of the stream; weight: loss weight of each as a target
     scaffold: whether the text stands around the words of the sample: a chat template's, or the end of the document
     """
@@ -72,7 +72,7 @@ class _Piece(NamedTuple):
     stop: int
     weight: float
     text: str = ""
-    item: Item | None = None
+    item: Item | CodeRun | None = None
 
 
 class _Place(NamedTuple):
@@ -88,7 +88,7 @@ def _pieces(document: Document, tokenizer: TextTokenizer) -> Iterator[_Piece]:
     while start < len(document):
         if start in items:
             stop = start + items[start].length
-            yield _Piece(start, stop, 0.0, item=items[start])
+            yield _Piece(start, stop, float(document.weights[start]), item=items[start])
             start = context = stop
             continue
         known = len(tokenizer.decode(document.tokens[context:start].tolist()))
@@ -160,7 +160,10 @@ def _span(sample: Sample, part: int | None, pieces: Sequence[_Piece]) -> Span:
     if first.item is None:
         text = "".join(piece.text for piece in pieces)
         return Span("text", text, tokens, first.weight, scaffold=part is None)
-    media: Part = sample.parts[part or 0]
-    assert not isinstance(media, Text)  # `_item` gave the place of a media part
+    kind = first.item.modality.label
+    if isinstance(first.item, CodeRun):
+        return Span(kind, f"{kind}: {counted(tokens - 2, 'code')}", tokens, first.weight)
+    media = sample.parts[part or 0]
+    assert isinstance(media, MediaPart)  # `_item` gave its place
     label = f"{'×'.join(map(str, first.item.grid))} → {counted(tokens, 'token')}"
-    return Span(first.item.modality.label, label, tokens, picture=picture_of(media))
+    return Span(kind, label, tokens, picture=picture_of(media))

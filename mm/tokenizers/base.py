@@ -9,26 +9,32 @@ the stream a code c of a modality is the id ``codebook.first + c`` (see `mm.toke
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from mm.encoders.base import Grid, Transform
 
 
 class MediaTokenizer(nn.Module, ABC):
-    """Items of one modality to a grid of codes each, and back. Set `transform` and `codes` in ``__init__``.
+    """Items of one modality to a grid of codes each, and back. Set the attributes below in ``__init__``.
 
     The codes of an item never depend on its neighbours in the batch.
 
     transform: the CPU side; its `grid` says, from header facts, how many codes an item gets and how they are laid out
     codes: K, size of the codebook
+    fingerprint: identity of the options and of the weights: equal fingerprints mean equal codes. Known on the meta
+        device too, where the plan asks for it and nothing is loaded, so it is taken of the weights' file
     """
 
     transform: Transform
     codes: int
+    fingerprint: str
 
     @abstractmethod
     def encode(self, *args: Any, **inputs: Any) -> Tensor:
@@ -36,6 +42,25 @@ class MediaTokenizer(nn.Module, ABC):
 
         Called with what `Transform.collate` gave, by keyword; a subclass names those inputs in its signature.
         """
+
+    @torch.inference_mode()
+    def codes_of(self, prepared: Sequence[Tensor], grids: Sequence[Grid]) -> list[np.ndarray]:
+        """(L,) int32 codes of each of N prepared items with these grids, computed where the tokenizer is.
+
+        Raises:
+            RuntimeError: their number, or a code, is not what `grid` and `codes` promise.
+        """
+        if not prepared:
+            return []
+        device = next((tensor.device for tensor in (*self.parameters(), *self.buffers())), torch.device("cpu"))
+        inputs = {name: tensor.to(device) for name, tensor in self.transform.collate(prepared).items()}
+        found, lengths = self.encode(**inputs).to("cpu", torch.int32), [math.prod(grid) for grid in grids]
+        if len(found) != sum(lengths) or not 0 <= int(found.min()) <= int(found.max()) < self.codes:
+            raise RuntimeError(
+                f"{type(self).__name__} gave {len(found)} codes from {found.min()} to {found.max()} for grids of "
+                f"{sum(lengths)} places and a codebook of {self.codes}"
+            )
+        return [codes.numpy() for codes in found.split(lengths)]
 
     @abstractmethod
     def decode(self, codes: Tensor, grids: Sequence[Grid]) -> list[Tensor]:

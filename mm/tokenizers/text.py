@@ -29,7 +29,7 @@ from tokenizers import Tokenizer
 
 from mm.configure import RecipeError, find_preset
 from mm.locate import PACKAGE, locate
-from mm.sample import BrokenSample, MediaPart, Modality, Part, Sample, Text
+from mm.sample import BrokenSample, Codes, MediaPart, Modality, Part, Sample, Text
 from mm.tokenizers.gguf import read_tokenizer
 
 CHATML = (
@@ -57,11 +57,14 @@ class _Refusal(TemplateError):
 
 
 class Piece(NamedTuple):
-    """A stretch of a document: text ids that bear loss or not, or the place of a media part (without ids)."""
+    """A stretch of a document: text ids that bear loss or not, or the place of a media part or its codes (without ids).
+
+    Of media parts, only codes can bear loss.
+    """
 
     ids: tuple[int, ...]
     loss: bool
-    part: MediaPart | None = None
+    part: MediaPart | Codes | None = None
 
 
 @dataclass(frozen=True)
@@ -196,10 +199,10 @@ class TextTokenizer:
     def render(self, sample: Sample) -> list[Piece]:
         """The document of a sample.
 
-        A caption or page is its parts in order, words verbatim, then `end`, which bears loss if the last words do. A
-        chat is what its template gives; loss is on the words of the assistant that ask for it and on the special token
-        that ends such a turn. A message is stripped of white space at both ends, as most templates do themselves;
-        neighbouring parts of one role are one message.
+        A caption or page is its parts in order, words verbatim, then `end`, which bears loss if the last words or codes
+        do; codes always do. A chat is what its template gives; loss is on the words of the assistant that ask for it,
+        on the assistant's codes, and on the special token that ends such a turn. A message is stripped of white space
+        at both ends, as most templates do themselves; neighbouring parts of one role are one message.
 
         Raises:
             ChatError: there is no template, or it does not give every message back once and in order.
@@ -263,21 +266,20 @@ class TextTokenizer:
     def _lay_out(self, sample: Sample) -> list[_Laid]:
         if sample.is_chat:
             return self._chat(sample.parts, prompt=False)
-        texts = [part for part in sample.parts if isinstance(part, Text)]
-        return [*self._page(sample.parts), Piece((self.end,), bool(texts) and texts[-1].loss)]
+        return [*self._page(sample.parts), Piece((self.end,), _ends_with_loss(sample.parts))]
 
     def _page(self, parts: Sequence[Part]) -> list[_Laid]:
         """Parts one after the other."""
         laid: list[_Laid] = [self._begin] if self.begin else []
         for part in parts:
-            laid += self._laid(part, loss=isinstance(part, Text) and part.loss)
+            laid += self._laid(part, _bears_loss(part))
         return laid
 
     def _laid(self, part: Part, loss: bool) -> list[_Laid]:
         if isinstance(part, Text):
             return [_Span(part.text, loss, trusted=False)]
         around = self._around.get(part.modality.label, Around())
-        return [_Span(around.before, False, True), Piece((), False, part), _Span(around.after, False, True)]
+        return [_Span(around.before, False, True), Piece((), loss, part), _Span(around.after, False, True)]
 
     def _chat(self, parts: Sequence[Part], prompt: bool) -> list[_Laid]:
         """The template's text around the words of every message."""
@@ -290,10 +292,8 @@ class TextTokenizer:
         for (role, contents), closing in zip(messages, closings, strict=True):
             speaks = role == "assistant"
             for part in contents:
-                laid += self._laid(part, loss=speaks and isinstance(part, Text) and part.loss)
-            texts = [part for part in contents if isinstance(part, Text)]
-            asked = speaks and bool(texts) and texts[-1].loss
-            cut = self._end_of_turn(closing) if asked else 0
+                laid += self._laid(part, speaks and _bears_loss(part))
+            cut = self._end_of_turn(closing) if speaks and _ends_with_loss(contents) else 0
             laid += [_Span(closing[:cut], True, trusted=True), _Span(closing[cut:], False, trusted=True)]
         return laid
 
@@ -478,6 +478,16 @@ def _text_only(definition: str) -> tuple[Tokenizer, Tokenizer]:
 
 def _fingerprint(*content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _bears_loss(part: Part) -> bool:
+    return isinstance(part, Codes) or (isinstance(part, Text) and part.loss)
+
+
+def _ends_with_loss(parts: Sequence[Part]) -> bool:
+    """Whether the last words or codes bear loss, so that the model is to learn that nothing follows them."""
+    ids = [part for part in parts if isinstance(part, Text | Codes)]
+    return bool(ids) and _bears_loss(ids[-1])
 
 
 def _stripped(parts: list[Part]) -> list[Part]:

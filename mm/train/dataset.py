@@ -18,11 +18,11 @@ import numpy as np
 from filelock import FileLock
 
 from mm.configure import RecipeError
-from mm.data.index import SplitSamples, fetch_rows_ahead
+from mm.data.index import fetch_rows_ahead
 from mm.layers.layout import WHOLE, Share
 from mm.packing.balance import deal
 from mm.packing.hashing import hash64
-from mm.packing.materialise import Materialiser, MicroStep
+from mm.packing.materialise import Materialiser, MicroStep, Samples
 from mm.packing.options import PackingOptions
 from mm.packing.plan import Plan
 from mm.packing.source import Source
@@ -50,11 +50,12 @@ class PlannedData:
         return [source.name for source in self.sources]
 
     @property
-    def samples(self) -> list[SplitSamples]:
-        return [source.samples for source in self.sources]
+    def samples(self) -> list[Samples]:
+        return [source.read for source in self.sources]
 
     def materialiser(self, capacity: int | None = None, share: Share = WHOLE, ahead: bool = False) -> Materialiser:
         """Batches of the plan; `ahead`: with remote shards of what comes next fetched in the background."""
+        shards = [source.samples for source in self.sources]
         return Materialiser(
             self.plan.reader(),
             self.samples,
@@ -63,7 +64,7 @@ class PlannedData:
             seed=self.plan.seed,
             capacity=capacity,
             share=share,
-            ahead=partial(fetch_rows_ahead, self.samples) if ahead and self.samples[0].card.cache else None,
+            ahead=partial(fetch_rows_ahead, shards) if ahead and shards[0].card.cache else None,
         )
 
     def micro_steps(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mm import configure
-from mm.model.multimodal import MultimodalLM, build_model
+from mm.model.multimodal import MultimodalLM, build_model, build_processor
 from mm.packing.collate import Processor
 from mm.tokenizers.text import TextTokenizer
 from mm.train import checkpoint
@@ -38,7 +38,7 @@ def load_trained(path: str | Path) -> Trained:
     recipe = recipe_of(weights)
     model = build_model(recipe.model)
     checkpoint.load_weights(weights, model)
-    return Trained(recipe, model.eval(), Processor(TextTokenizer.load(recipe.tokenizer), model.entrances))
+    return Trained(recipe, model.eval(), build_processor(recipe.model, model, TextTokenizer.load(recipe.tokenizer)))
 
 
 def export_run(path: str | Path, folder: Path, *, average: bool = False) -> Path:

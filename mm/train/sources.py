@@ -14,6 +14,7 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,14 @@ import pyarrow as pa
 from mm import configure
 from mm.data import columns
 from mm.data.card import Card
+from mm.data.codes import CodeColumn, CodedSamples
 from mm.data.drops import dropped_rows, drops_identity
 from mm.data.index import Index, SplitSamples, index_card
 from mm.data.where import normal_form, select
 from mm.media import Facts, ImageFacts, PointFacts, SpeechFacts
-from mm.model.multimodal import MultimodalLM, build_model
+from mm.model.multimodal import MultimodalLM, build_model, build_processor
 from mm.packing.collate import Processor
+from mm.packing.materialise import Samples
 from mm.packing.source import DROPPED, FILTERED, MISSING, QUANTITIES, Rows, Source
 from mm.sample import BrokenSample, Modality
 from mm.tokenizers.text import TextTokenizer
@@ -41,7 +44,7 @@ TYPICAL: dict[Modality, tuple[Facts, ...]] = {
     Modality.SPEECH: (SpeechFacts(16_000, 16_000), SpeechFacts(480_000, 16_000), SpeechFacts(441_000, 44_100)),
     Modality.POINT: (PointFacts(1024, 3), PointFacts(8192, 6)),
 }
-"""What an encoder makes of these tells it from another one."""
+"""What an encoder or a tokenizer makes of these tells it from another one."""
 
 
 @dataclass(frozen=True)
@@ -54,18 +57,32 @@ class Blueprint:
     @classmethod
     def of(cls, recipe: Recipe) -> Blueprint:
         model = build_model(recipe.model, meta=True)
-        return cls(model, Processor(TextTokenizer.load(recipe.tokenizer), model.entrances))
+        return cls(model, build_processor(recipe.model, model, TextTokenizer.load(recipe.tokenizer)))
 
     def identity(self) -> dict[str, Any]:
         """What lengths and costs follow from, for `Plan.open`: tokens and FLOPs of some media and documents."""
         documents = self.document_flops(np.array([1, 1024])).tolist()
         identity: dict[str, Any] = {"decoder FLOPs of 1 and 1024 tokens": documents}
-        for modality, (transform, adapter) in self.processor.entrances.items():
-            grids = [transform.grid(facts) for facts in TYPICAL[modality]]
+        for modality in self.processor.entrances:
             identity[f"tokens and FLOPs of typical {modality.label} items"] = [
-                [adapter.length(grid), self.model.media_flops(modality, grid)] for grid in grids
+                list(self.item_cost(modality, facts)) for facts in TYPICAL[modality]
             ]
+        for column in self.code_columns:
+            identity[f"tokenizer of {column.modality.label}"] = column.fingerprint
         return identity
+
+    @property
+    def code_columns(self) -> list[CodeColumn]:
+        """Where the codes of discrete modalities are."""
+        return [
+            CodeColumn(modality, spelling.fingerprint, spelling.codebook.size)
+            for modality, spelling in self.processor.spellings.items()
+        ]
+
+    def item_cost(self, modality: Modality, facts: Facts) -> tuple[int, float]:
+        """Tokens that a media item takes, and forward FLOPs of its encoder and adapter."""
+        entrance = self.processor.entrance(modality)
+        return entrance.length(facts), self.model.media_flops(modality, entrance.transform.grid(facts))
 
     def document_flops(self, lengths: np.ndarray) -> np.ndarray:
         """(n,) forward FLOPs of documents in the decoder."""
@@ -80,13 +97,11 @@ class Blueprint:
         for number, row in enumerate(first.tolist()):
             start, stop = index.media_starts[row : row + 2]
             for (modality, *_), facts in zip(index.media[start:stop].tolist(), index.facts(row), strict=True):
-                modality = Modality(modality)
-                transform, adapter = self.processor.entrance(modality)
-                grid = transform.grid(facts)
-                quantity = QUANTITIES.index(modality.label)
+                length, cost = self.item_cost(Modality(modality), facts)
+                quantity = QUANTITIES.index(Modality(modality).label)
                 counts[number, quantity] += 1
-                tokens[number, quantity] += adapter.length(grid)
-                flops[number] += self.model.media_flops(modality, grid)
+                tokens[number, quantity] += length
+                flops[number] += cost
         return RowMedia(counts[which], tokens[which], flops[which])
 
 
@@ -94,7 +109,7 @@ class Blueprint:
 class RowMedia:
     """What the media of n rows cost.
 
-    counts, tokens: (n, M) items and embeddings of each quantity
+    counts, tokens: (n, M) items of each quantity, and tokens that they take
     flops: (n,) forward FLOPs of encoders and adapters
     """
 
@@ -138,7 +153,15 @@ class OpenSource:
         samples = SplitSamples(card, options.split, folder, [entry.shard for entry in index.shards], index)
         processor = blueprint.processor
         columns.ensure_choices(index, *_lengths_of(processor), processes=None)
+        for column in blueprint.code_columns:
+            column.check_computed(index)
         return cls(name, options, samples, blueprint, index, *_selection(index, options.where))
+
+    @cached_property
+    def read(self) -> Samples:
+        """The samples as training reads them: items of discrete modalities as their codes."""
+        found = self.blueprint.code_columns
+        return CodedSamples(self.samples, found) if found else self.samples
 
     @property
     def errors(self) -> int:
@@ -165,8 +188,11 @@ class OpenSource:
 
         Raises:
             WhereError: the filter cannot be used on them.
+            ColumnError: their items enter as codes that are not there.
         """
         index = self.samples.index(shards)
+        for column in self.blueprint.code_columns:
+            column.check_computed(index)
         media = self.blueprint.media_of(index)
         text = _text_lengths(index, self.blueprint.processor)
         self._tell_unusable(index, text)
