@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,8 +19,10 @@ from mm.configure import RecipeError, build
 from mm.encoders.base import Adapter, Encoder, Grid
 from mm.layers.cross_entropy import Losses, linear_cross_entropy
 from mm.layers.layout import WHOLE, Layout
+from mm.model.autoencoder import AutoencoderOptions
 from mm.model.decoder import Decoder, DecoderConfig
 from mm.model.hub import load_decoder, read_decoder_config
+from mm.model.trainable import Trainable, trains
 from mm.packing.batch import IGNORE, Batch, Media
 from mm.packing.collate import Entrance
 from mm.sample import Modality
@@ -80,13 +83,21 @@ class DecoderOptions:
 
 @dataclass
 class ModelOptions:
-    """`model:` of a recipe. Each encoder is a component with its adapter: ``{_target_: …, adapter: {_target_: …}}``."""
+    """`model:` of a recipe. Each encoder is a component with its adapter: ``{_target_: …, adapter: {_target_: …}}``.
+
+    autoencoder: train the autoencoder of a tokenizer, and no language model
+    """
 
     decoder: DecoderOptions = field(default_factory=DecoderOptions)
     encoders: dict[str, dict[str, Any]] = field(default_factory=dict)
+    autoencoder: AutoencoderOptions | None = None
+
+    def __post_init__(self) -> None:
+        if self.autoencoder is not None and (self.encoders or self.decoder != DecoderOptions()):
+            raise RecipeError("`autoencoder` trains a tokenizer, without a language model; remove decoder and encoders")
 
 
-class MultimodalLM(nn.Module):
+class MultimodalLM(Trainable):
     """A decoder that reads text tokens and, in reserved slots, what the encoders saw."""
 
     def __init__(self, decoder: Decoder, encoders: dict[Modality, tuple[Encoder, Adapter]]) -> None:
@@ -159,6 +170,11 @@ class MultimodalLM(nn.Module):
         inputs = {name: tensor.to(device) for name, tensor in encoder.transform.collate([item]).items()}
         return self._adapter(modality)(encoder(**inputs), [grid]).sum()
 
+    def trained_parts(self) -> dict[str, bool]:
+        parts = {f"encoders.{name}": trains(module) for name, module in self.encoders.items()}
+        parts |= {f"adapters.{name}": trains(module) for name, module in self.adapters.items()}
+        return parts | {"decoder": trains(self.decoder), "head": self.decoder.head_weight.requires_grad}
+
     def flops(self, batch: Batch) -> dict[str, float]:
         """Forward FLOPs of the batch by part: ``encoders.image``, ``adapters.image``, …, ``decoder``, ``head``.
 
@@ -179,6 +195,9 @@ class MultimodalLM(nn.Module):
         """Forward FLOPs of one item in its encoder and adapter."""
         return self._encoder(modality).flops(grid) + self._adapter(modality).flops(grid)
 
+    def document_flops(self, lengths: np.ndarray) -> np.ndarray:
+        return self.decoder.document_flops(lengths)
+
     def _encoder(self, modality: Modality) -> Encoder:
         encoder = self.encoders[modality.label]
         assert isinstance(encoder, Encoder)
@@ -195,7 +214,15 @@ def build_model(options: ModelOptions, *, meta: bool = False) -> MultimodalLM:
 
     Args:
         meta: build on the meta device without reading any weights, for planning and for loading a checkpoint.
+
+    Raises:
+        RecipeError: it is an autoencoder, see `mm.model.build.build_trainable`.
     """
+    if options.autoencoder is not None:
+        raise RecipeError(
+            "a language model is needed and the recipe has `model.autoencoder`, which trains a tokenizer; "
+            "docs/tokenizers.md says how one is used"
+        )
     encoders = {}
     with torch.device("meta" if meta else "cpu"):
         config = options.decoder.resolve()

@@ -25,10 +25,12 @@ class MediaTokenizer(nn.Module, ABC):
 
     transform: the CPU side; its `grid` says, from header facts, how many codes an item gets and how they are laid out
     codes: K, size of the codebook
+    fingerprint: identity of the options and of the weights: equal fingerprints mean equal codes
     """
 
     transform: Transform
     codes: int
+    fingerprint: str
 
     @abstractmethod
     def encode(self, *args: Any, **inputs: Any) -> Tensor:
