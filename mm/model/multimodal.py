@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,9 +19,11 @@ from mm.configure import RecipeError, build
 from mm.encoders.base import Adapter, Encoder, Grid
 from mm.layers.cross_entropy import linear_cross_entropy
 from mm.layers.layout import WHOLE, Layout
+from mm.model.autoencoder import AutoencoderOptions
 from mm.model.decoder import Decoder, DecoderConfig
 from mm.model.hub import load_decoder, read_decoder_config
 from mm.model.stream import Reports
+from mm.model.trainable import Trainable, trains
 from mm.model.upcycle import upcycled
 from mm.packing.batch import IGNORE, Batch, Media
 from mm.packing.collate import Entrance, Processor, Spelling
@@ -112,11 +115,13 @@ class ModelOptions:
     encoders: by modality, the continuous way in with its adapter: ``{_target_: …, adapter: {_target_: …}}``
     tokenizers: by modality, the discrete way in: ``{_target_: …}``. They are no part of the trained model, `mm data
         tokenize` writes their codes beforehand
+    autoencoder: train the autoencoder of a tokenizer, and no language model
     """
 
     decoder: DecoderOptions = field(default_factory=DecoderOptions)
     encoders: dict[str, dict[str, Any]] = field(default_factory=dict)
     tokenizers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    autoencoder: AutoencoderOptions | None = None
 
     def __post_init__(self) -> None:
         for name in self.encoders.keys() & self.tokenizers.keys():
@@ -124,9 +129,13 @@ class ModelOptions:
                 f"{name} has an encoder (`encoders.{name}`) and a tokenizer (`tokenizers.{name}`); a modality enters "
                 "in one of the two ways, so remove one"
             )
+        if self.autoencoder is not None and (self.encoders or self.tokenizers or self.decoder != DecoderOptions()):
+            raise RecipeError(
+                "`autoencoder` trains a tokenizer, without a language model; remove decoder, encoders and tokenizers"
+            )
 
 
-class MultimodalLM(nn.Module):
+class MultimodalLM(Trainable):
     """A decoder that reads text tokens and, in reserved slots, what the encoders saw."""
 
     def __init__(self, decoder: Decoder, encoders: dict[Modality, tuple[Encoder, Adapter]]) -> None:
@@ -207,6 +216,11 @@ class MultimodalLM(nn.Module):
         inputs = {name: tensor.to(device) for name, tensor in encoder.transform.collate([item]).items()}
         return self._adapter(modality)(encoder(**inputs), [grid]).sum()
 
+    def trained_parts(self) -> dict[str, bool]:
+        parts = {f"encoders.{name}": trains(module) for name, module in self.encoders.items()}
+        parts |= {f"adapters.{name}": trains(module) for name, module in self.adapters.items()}
+        return parts | {"decoder": trains(self.decoder), "head": self.decoder.head_weight.requires_grad}
+
     def flops(self, batch: Batch) -> dict[str, float]:
         """Forward FLOPs of the batch by part: ``encoders.image``, ``adapters.image``, …, ``decoder``, ``head``.
 
@@ -229,6 +243,9 @@ class MultimodalLM(nn.Module):
             return 0.0
         return self._encoder(modality).flops(grid) + self._adapter(modality).flops(grid)
 
+    def document_flops(self, lengths: np.ndarray) -> np.ndarray:
+        return self.decoder.document_flops(lengths)
+
     def _encoder(self, modality: Modality) -> Encoder:
         encoder = self.encoders[modality.label]
         assert isinstance(encoder, Encoder)
@@ -245,7 +262,15 @@ def build_model(options: ModelOptions, *, meta: bool = False) -> MultimodalLM:
 
     Args:
         meta: build on the meta device without reading any weights, for planning and for loading a checkpoint.
+
+    Raises:
+        RecipeError: it is an autoencoder, see `mm.model.build.build_trainable`.
     """
+    if options.autoencoder is not None:
+        raise RecipeError(
+            "a language model is needed and the recipe has `model.autoencoder`, which trains a tokenizer; "
+            "docs/tokenizers.md says how one is used"
+        )
     encoders = {}
     with torch.device("meta" if meta else "cpu"):
         config = options.decoder.resolve()
@@ -256,7 +281,7 @@ def build_model(options: ModelOptions, *, meta: bool = False) -> MultimodalLM:
     return MultimodalLM(decoder, encoders)
 
 
-def build_processor(options: ModelOptions, model: MultimodalLM, text: TextTokenizer) -> Processor:
+def build_processor(options: ModelOptions, model: Trainable, text: TextTokenizer) -> Processor:
     """What turns samples into documents for a model: every modality by the way in that the recipe gives it.
 
     Raises:
@@ -267,7 +292,8 @@ def build_processor(options: ModelOptions, model: MultimodalLM, text: TextTokeni
             _modality("tokenizers", name): _build_tokenizer(name, spec) for name, spec in options.tokenizers.items()
         }
     vocabulary = Vocabulary.of(text.vocabulary, {modality: one.codes for modality, one in tokenizers.items()})
-    vocabulary.check_fits(model.decoder.config.vocabulary)
+    if isinstance(model, MultimodalLM):
+        vocabulary.check_fits(model.decoder.config.vocabulary)
     spellings = {
         modality: Spelling(one.transform, vocabulary.codebooks[modality], one.fingerprint)
         for modality, one in tokenizers.items()

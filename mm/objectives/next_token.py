@@ -15,17 +15,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mm.configure import RecipeError
+from mm.model.multimodal import MultimodalLM
+from mm.model.trainable import Trainable
+from mm.objectives.base import Objective
 from mm.packing.batch import IGNORE, Batch
 from mm.sample import Modality
 
 
 @dataclass(frozen=True)
-class NextToken:
+class NextToken(Objective):
     """`objective:` of a recipe. `z_loss` is λ (1e-5 in Chameleon); 0 leaves the term out."""
 
     z_loss: float = 0.0
 
     name = "next_token"
+
+    def prepare(self, model: Trainable) -> None:
+        if not isinstance(model, MultimodalLM):
+            raise RecipeError(
+                "objective: next_token predicts tokens and the recipe trains an autoencoder; say\n"
+                "  objective: {_target_: mm.objectives.reconstruction.Reconstruction}"
+            )
+
+    def losses(self, sources: Sequence[str]) -> list[str]:
+        modalities = [f"modality/{modality.label}" for modality in Modality]
+        return ["total", *modalities, *(f"source/{name}" for name in sources)]
 
     def weights(self, batches: Sequence[Batch]) -> dict[str, float]:
         """Σw over the micro-batches of a step on this rank; the caller sums it over ranks."""

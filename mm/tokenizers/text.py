@@ -393,6 +393,26 @@ class TextTokenizer:
                 )
 
 
+class MediaOnly(TextTokenizer):
+    """Leaves the text of samples out: a document is its media, and nothing ends it. For models that read no text."""
+
+    def __init__(self) -> None:
+        self.vocabulary, self.end, self.pad, self.begin = 1, 0, 0, ()
+        self.fingerprint = _fingerprint(RULES, type(self).__name__)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
+
+    def render(self, sample: Sample) -> list[Piece]:
+        return [Piece((), False, part) for part in sample.media]
+
+    def encode(self, text: str) -> list[int]:
+        return []
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return ""
+
+
 class _SpecialTokens:
     """The special tokens of a tokenizer, found in trusted text."""
 

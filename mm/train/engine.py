@@ -6,7 +6,9 @@ from pathlib import Path
 
 import torch
 
+from mm.configure import RecipeError
 from mm.model.multimodal import MultimodalLM
+from mm.model.trainable import Trainable
 from mm.train import checkpoint
 from mm.train.optim import OptimOptions, build_optimizer, materialise_state
 from mm.train.parallel import Engine, ParallelOptions, World, check_parallel, join_context, parallelise
@@ -21,7 +23,7 @@ def check_engine(options: ParallelOptions, optim: OptimOptions, processes: int, 
 
 
 def build_engine(
-    model: MultimodalLM,
+    model: Trainable,
     world: World,
     dtype: torch.dtype,
     options: ParallelOptions,
@@ -34,8 +36,17 @@ def build_engine(
         model: frozen as far as it shall be; other processes than the first may have it on the meta device.
         dtype: of compute.
         resumed: the checkpoint that will be loaded.
+
+    Raises:
+        RecipeError: the options are not for this kind of model.
     """
-    model.decoder.context = join_context(model.decoder.config, world, options.context)
+    if isinstance(model, MultimodalLM):
+        model.decoder.context = join_context(model.decoder.config, world, options.context)
+    elif options.context > 1 or options.engine != "fsdp2":
+        raise RecipeError(
+            f"parallel: an autoencoder trains with FSDP2 and context 1, and the recipe has engine {options.engine} and "
+            f"context {options.context}; leave them out"
+        )
     if options.engine == "deepspeed":
         updates = checkpoint.read_updates(resumed) if resumed else {}
         return zero_engine(model, world, dtype, options, optim, updates)

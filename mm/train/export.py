@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mm import configure
+from mm.model.build import build_trainable
 from mm.model.multimodal import MultimodalLM, build_model, build_processor
+from mm.model.trainable import Trainable
 from mm.packing.collate import Processor
-from mm.tokenizers.text import TextTokenizer
 from mm.train import checkpoint
 from mm.train.checkpoint import CheckpointError
 from mm.train.recipe import Recipe
@@ -38,7 +39,7 @@ def load_trained(path: str | Path) -> Trained:
     recipe = recipe_of(weights)
     model = build_model(recipe.model)
     checkpoint.load_weights(weights, model)
-    return Trained(recipe, model.eval(), build_processor(recipe.model, model, TextTokenizer.load(recipe.tokenizer)))
+    return Trained(recipe, model.eval(), build_processor(recipe.model, model, recipe.text_tokenizer()))
 
 
 def export_run(path: str | Path, folder: Path, *, average: bool = False) -> Path:
@@ -52,7 +53,7 @@ def export_run(path: str | Path, folder: Path, *, average: bool = False) -> Path
     """
     weights = checkpoint.find(path)
     recipe = recipe_of(weights)
-    model = build_model(recipe.model)
+    model = build_trainable(recipe.model)
     checkpoint.load_weights(weights, model)
     if average:
         checkpoint.load_averages(weights, model)
@@ -67,12 +68,12 @@ def export_mean(run: Path, count: int, folder: Path) -> Path:
     """
     paths = checkpoint.newest(run, count)
     recipe = recipe_of(paths[-1])
-    model = build_model(recipe.model)
+    model = build_trainable(recipe.model)
     checkpoint.load_mean(paths, model)
     return _write(recipe, model, folder)
 
 
-def _write(recipe: Recipe, model: MultimodalLM, folder: Path) -> Path:
+def _write(recipe: Recipe, model: Trainable, folder: Path) -> Path:
     checkpoint.export_weights(folder, model)
     (folder / "recipe.yaml").write_text(configure.to_yaml(recipe), encoding="utf-8")
     (folder / "versions.json").write_text(json.dumps(versions(), indent=1), encoding="utf-8")

@@ -48,7 +48,6 @@ from mm.sample import Modality
 from mm.train.meter import training_factors
 from mm.train.optim import build_optimizer, freeze, materialise_state
 from mm.train.parallel import Precision, World, check_parallel, leave_world, parallelise
-from mm.train.parts import trained_parts
 from mm.train.recipe import Recipe
 
 LARGE_ITEMS: dict[Modality, Callable[[], Item]] = {
@@ -111,7 +110,7 @@ def footprint(recipe: Recipe, gpus: int) -> Footprint:
     model = build_model(recipe.model, meta=True).train()
     freeze(model, recipe.optim)
     batch = full_batch(model, recipe.packing, recipe.micro_batch)
-    factors = training_factors(trained_parts(model))
+    factors = training_factors(model.trained_parts())
     flops = sum(factors[part] * forward for part, forward in model.flops(batch).items())
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with imaginary_world(gpus) as world:

@@ -13,7 +13,7 @@ import torch
 from rich.table import Table
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from mm.model.multimodal import build_model
+from mm.model.build import build_trainable
 from mm.train import checkpoint
 from mm.train.checkpoint import POSITION, CheckpointError
 from mm.train.export import recipe_of
@@ -86,7 +86,7 @@ def verify(path: Path) -> Verified:
 def _differences(path: Path) -> Iterator[str]:
     """How the parameters differ from those of the recipe."""
     try:
-        checkpoint.check_architecture(path, build_model(recipe_of(path).model, meta=True))
+        checkpoint.check_architecture(path, build_trainable(recipe_of(path).model, meta=True))
     except CheckpointError as error:
         yield str(error)
 

@@ -22,11 +22,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mm import configure
-from mm.model.multimodal import MultimodalLM, build_model
-from mm.objectives.next_token import NextToken
+from mm.model.build import build_trainable
+from mm.model.multimodal import MultimodalLM
+from mm.model.trainable import Trainable
+from mm.objectives.base import Objective
 from mm.packing.batch import Batch
 from mm.packing.materialise import MicroStep
-from mm.sample import Modality
 from mm.train import checkpoint
 from mm.train.average import averaged
 from mm.train.checkpoint import Position
@@ -40,7 +41,6 @@ from mm.train.memory import Memory
 from mm.train.meter import Meter, device_peak, training_factors
 from mm.train.optim import freeze, set_learning_rate
 from mm.train.parallel import World, join_world, local_world, resolve_precision
-from mm.train.parts import trained_parts
 from mm.train.profile import Steps, profiling
 from mm.train.recipe import Recipe
 from mm.train.records import Ledger, Seen, writers
@@ -104,7 +104,7 @@ def check_architecture(resumed: Path, recipe: Recipe) -> None:
     """Raise `CheckpointError` unless a checkpoint's parameters are those of its stage's model."""
     recipes, finished = recipe.stage_recipes(), checkpoint.read_position(resumed).finished
     here = recipes[min(len(finished), len(recipes) - 1)]
-    checkpoint.check_architecture(resumed, build_model(here.model, meta=True))
+    checkpoint.check_architecture(resumed, build_trainable(here.model, meta=True))
 
 
 def run(
@@ -117,14 +117,15 @@ def run(
     if profiled:
         profiled.check_within(stage.position.step, stage.end)
     recipe, data, held_out = stage.recipe, stage.data, stage.held_out
-    folder, objective = recipe.folder, configure.build(recipe.objective, NextToken)
+    folder, objective = recipe.folder, configure.build(recipe.objective, Objective)
     dtype = resolve_precision(recipe.precision, world.device)
     resumed = saver.last
 
     saved = checkpoint.read_position(resumed) if resumed else None
     begins = saved is not None and len(saved.finished) < stage.number
     torch.manual_seed(recipe.seed)
-    model = build_model(recipe.model, meta=not world.is_first).train()  # `build_engine` gives the others their weights
+    model = build_trainable(recipe.model, meta=not world.is_first).train()  # `build_engine` gives others their weights
+    objective.prepare(model)
     if begins and resumed and not checkpoint.fits(resumed, model):
         resumed, start = None, resumed  # another architecture: weights go on where they can, moments do not
     else:
@@ -134,9 +135,10 @@ def run(
             checkpoint.load_beginning(start, model)
         if recipe.warm_start and not saved:
             batches = first_packs(data, recipe.warm_start.packs, world.device)
+            assert isinstance(model, MultimodalLM)  # `Recipe` has seen to it
             warm_start(model.to(world.device), batches, data.blueprint.processor.text.end, recipe.warm_start.penalty)
     freeze(model, recipe.optim)
-    factors = training_factors(trained_parts(model))
+    factors = training_factors(model.trained_parts())
     engine = build_engine(model, world, dtype, recipe.parallel, recipe.optim, resumed)
     optimizer = engine.optimizer
     saver.prepare(engine)
@@ -153,7 +155,7 @@ def run(
     micro_steps = recipe.packing.packs_per_batch // (reader.count * recipe.micro_batch)
     peak, clock = device_peak(world.device, dtype), clock_of(world.device)
     memory = Memory(world.device, engine.held())
-    meter = Meter(loss_names(data), factors, peak, world.sum, position.tokens, clock, memory, world.max)
+    meter = Meter(objective.losses(data.names), factors, peak, world.sum, position.tokens, clock, memory, world.max)
     ledger = Ledger(folder, recipe.data.max_broken, writes=share.index == 0)
     seen = Seen(folder / "seen", world, position.step + 1, writes=share.index == 0)
     steps_done = range(stage.begin + 1, position.step + 1)
@@ -194,6 +196,7 @@ def run(
                 ledger.add(batch)
             with meter.timed("optimizer"):
                 norm, finite = engine.step()
+                model.after_update(finite)
             meter.end_step(norm, recipe.optim.lr * factor)
             done = step + 1
             seen.add(done, micro_batches)
@@ -212,10 +215,12 @@ def run(
                 figures = meter.report()
             if held_out and validates:
                 with meter.paused():
-                    figures |= validate(model, objective, held_out, world, recipe)
+                    found, picture = validate(model, objective, held_out, world, recipe)
+                    figures |= found
+                    outputs.show(done, picture)
                     if recipe.optim.average and recipe.optim.average.validate:
                         with averaged(model, optimizer):
-                            of_average = validate(model, objective, held_out, world, recipe)
+                            of_average, _ = validate(model, objective, held_out, world, recipe)
                         figures |= {f"average/{name}": figure for name, figure in of_average.items()}
             if figures:
                 outputs.write(done, figures)
@@ -263,28 +268,26 @@ def due(every: int, step: int, total: int) -> bool:
 
 @torch.no_grad()
 def validate(
-    model: MultimodalLM, objective: NextToken, held_out: PlannedData, world: World, recipe: Recipe
-) -> dict[str, float]:
-    """Loss over all packs of the validation split, in total and per modality and source."""
+    model: Trainable, objective: Objective, held_out: PlannedData, world: World, recipe: Recipe
+) -> tuple[dict[str, float], Tensor | None]:
+    """Figures over all packs of the validation split, and a picture of the first of them if the objective draws one."""
     model.eval()
-    names = loss_names(held_out)
-    totals = {name: [0.0, 0.0] for name in names}
+    totals: dict[str, Tensor] = {}
+    picture = None
     context = recipe.parallel.context
     capacity = recipe.packing.capacity if context > 1 else None
     dataset = held_out.materialiser(capacity, world.share(context))
     for micro_step in held_out.every_pack(world.reader(context)):
         batch = dataset[micro_step].to(world.device)
-        _, parts = objective.loss(model, batch, dict.fromkeys(objective.weights([batch]), 1.0), held_out.names)
-        for name, pair in parts.items():
-            totals[name] = [total + float(value) for total, value in zip(totals[name], pair, strict=True)]
+        examined = objective.examine(model, batch, held_out.names)
+        picture = examined.picture if picture is None else picture
+        for name, added in examined.sums.items():
+            added = added.double().cpu()
+            totals[name] = totals[name] + added if name in totals else added
     model.train()
-    summed = world.sum([value for name in names for value in totals[name]])
-    figures = zip(names, summed[::2], summed[1::2], strict=True)
-    return {
-        "validation_loss" if name == "total" else f"validation_loss/{name}": weighted / weight
-        for name, weighted, weight in figures
-        if weight
-    }
+    summed = iter(world.sum([value for total in totals.values() for value in total.tolist()]))
+    sums = {name: torch.tensor([next(summed) for _ in total], dtype=torch.float64) for name, total in totals.items()}
+    return objective.figures(sums) if sums else {}, picture
 
 
 def first_packs(data: PlannedData, packs: int, device: torch.device) -> Iterator[Batch]:
@@ -322,15 +325,6 @@ def check_plan(position: Position, data: PlannedData, resumed: Path) -> None:
             f"{resumed} was saved under another plan ({position.plan[:8]}, now {data.plan.fingerprint[:8]}): its pack "
             "numbers mean other samples. Restore the recipe's data and packing, or start a new run with init_from"
         )
-
-
-def loss_names(data: PlannedData) -> list[str]:
-    """Names of all losses that can occur, the same on every rank."""
-    return [
-        "total",
-        *(f"modality/{modality.label}" for modality in Modality),
-        *(f"source/{name}" for name in data.names),
-    ]
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from mm.train.memory import Memory
 
 # ----------------------------------------------------------------------------------------------------------- FLOPs
 
-PARTS: tuple[str, ...] = ("encoders", "adapters", "decoder", "head")
+PARTS: tuple[str, ...] = ("encoders", "adapters", "quantiser", "decoder", "head", "judges")
 """Where the FLOPs go, in the order of the forward. A part is named ``decoder``, or ``encoders.image`` per modality."""
 
 DATASHEET_FLOPS = (
@@ -397,6 +397,8 @@ class _Column(NamedTuple):
 _COLUMNS = {
     "loss": _Column("loss ", 1, ".4f"),
     "validation_loss": _Column("validation loss ", 1, ".4f"),
+    "validation/psnr": _Column("PSNR ", 1, ".2f", " dB"),
+    "validation/utilisation": _Column("codes used ", 100, ".1f", " %"),
     "learning_rate": _Column("lr ", 1, ".2e"),
     "gradient_norm": _Column("norm ", 1, ".3g"),
     "tokens_per_second": _Column("", 1, ",.0f", " tok/s"),

@@ -34,7 +34,7 @@ from mm.configure import RecipeError
 from mm.layers.context import Context, check_heads
 from mm.layers.layout import Share
 from mm.model.decoder import DecoderConfig
-from mm.model.multimodal import MultimodalLM
+from mm.model.trainable import Trainable
 from mm.train.activation import Activations, checkpoint_blocks
 from mm.train.memory import MemoryPart, held_bytes
 from mm.train.optim import OptimOptions, clip_gradients, restore_options
@@ -211,7 +211,7 @@ def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype
     return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
 
 
-def parallelise(model: MultimodalLM, world: World, dtype: torch.dtype, options: ParallelOptions) -> None:
+def parallelise(model: Trainable, world: World, dtype: torch.dtype, options: ParallelOptions) -> None:
     """Shard the model over all processes, in place; parameters stay float32, compute runs in `dtype`.
 
     Every process gets the weights of the first, bit by bit, and never holds more of them than its shards and one unit
@@ -241,7 +241,7 @@ def parallelise(model: MultimodalLM, world: World, dtype: torch.dtype, options: 
     spares = world.size > 1 and options.reshard_after_forward != "never"
     begins_backward = () if options.reshard_after_forward == "always" else (blocks[-1], model)
 
-    for module in model.encoders.modules():
+    for module in model.modules():
         if isinstance(module, _BatchNorm):
             shard(module, exact, spares)
     for module in (*blocks, model):

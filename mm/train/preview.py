@@ -13,11 +13,11 @@ from rich.console import RenderableType
 from rich.rule import Rule
 from rich.table import Table
 
+from mm.model.multimodal import MultimodalLM
 from mm.packing.balance import deal, imbalance
 from mm.train.dataset import PlannedData, open_data
 from mm.train.meter import training_factors
 from mm.train.optim import freeze
-from mm.train.parts import trained_parts
 from mm.train.recipe import Recipe
 from mm.train.sources import Blueprint
 from mm.train.stages import open_stages
@@ -162,11 +162,13 @@ def sampled_flops(recipe: Recipe, data: PlannedData) -> tuple[float, float]:
     """FLOPs of a training step in (encoders and adapters, decoder with head), from the first global batches."""
     model = data.blueprint.model
     freeze(model, recipe.optim)
-    factors = training_factors(trained_parts(model))
+    factors = training_factors(model.trained_parts())
     encoder_factor = max((factors[part] for part in factors if part.startswith("encoders")), default=0)
     costs = np.concatenate([data.plan.costs(batch) for batch in first_batches(data)])
     packs = recipe.packing.packs_per_batch
     encoders, decoder = costs.mean(axis=0) * packs
+    if not isinstance(model, MultimodalLM):  # all that it costs is its pictures
+        return encoders * encoder_factor, 0.0
     head = model.decoder.head_flops(1) * recipe.packing.capacity * packs  # at most: media slots bear no labels
     return encoders * encoder_factor, decoder * factors["decoder"] + head * factors["head"]
 

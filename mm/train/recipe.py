@@ -13,7 +13,7 @@ from mm.data.cache import CacheOptions
 from mm.model.multimodal import ModelOptions
 from mm.packing.options import PackingOptions
 from mm.packing.source import Unit
-from mm.tokenizers.text import TokenizerOptions
+from mm.tokenizers.text import MediaOnly, TextTokenizer, TokenizerOptions
 from mm.train.guard import GuardOptions
 from mm.train.interrupts import seconds_of
 from mm.train.optim import OptimOptions
@@ -79,6 +79,7 @@ OF_THE_WHOLE_RUN = {
 class Recipe:
     """A training run.
 
+    tokenizer: of the text. An autoencoder (`model.autoencoder`) trains without: the text of its samples is left out
     run: folder of checkpoints, logs and the plan
     steps, epochs: how long; exactly one of them
     stages: what is laid over the rest in each stage, such as another mixture, capacity, freezing or learning rate; each
@@ -99,9 +100,9 @@ class Recipe:
 
     name: str
     model: ModelOptions
-    tokenizer: TokenizerOptions
     data: DataOptions
     packing: PackingOptions
+    tokenizer: TokenizerOptions | None = None
     run: str = "runs/${name}"
     seed: int = 0
     steps: int | None = None
@@ -127,6 +128,10 @@ class Recipe:
     stages: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        if self.tokenizer is None and self.model.autoencoder is None:
+            raise RecipeError("`tokenizer` is missing: a language model needs the tokenizer of its text")
+        if self.warm_start is not None and self.model.autoencoder is not None:
+            raise RecipeError("warm_start sets adapters, and `model.autoencoder` has none; remove it")
         if self.stages:
             self._check_stages()
         elif (self.steps is None) == (self.epochs is None):
@@ -149,6 +154,10 @@ class Recipe:
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         """The recipe in a YAML file with dotted `key=value` overrides on top."""
         return configure.load(cls, path, overrides)
+
+    def text_tokenizer(self) -> TextTokenizer:
+        """The tokenizer of the text; one that leaves text out where an autoencoder is trained."""
+        return MediaOnly() if self.tokenizer is None else TextTokenizer.load(self.tokenizer)
 
     def stage_recipes(self) -> list[Recipe]:
         """The recipe of each stage; the recipe itself if it names none."""

@@ -2,6 +2,7 @@
 
 RUN/recipe.yaml, versions.json    what was asked for, and by what it was computed
 RUN/metrics.jsonl, tensorboard/   figures, see `mm.train.meter`
+RUN/pictures/step-N.png             what validation shows of an autoencoder
 RUN/seen/rank-N.jsonl             which samples each step trained on
 RUN/ledger.jsonl                  what went wrong
 """
@@ -13,6 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
+from torch import Tensor
 
 from mm import configure
 from mm.packing.batch import Batch
@@ -30,8 +34,8 @@ FORGIVEN = 8  # broken samples that no run stops for, however short it is
 class Outputs:
     """All writers of the first process; nothing on the others."""
 
-    def __init__(self, outputs: list[Writer], terminal: Progress | None) -> None:
-        self._outputs, self._terminal = outputs, terminal
+    def __init__(self, outputs: list[Writer], terminal: Progress | None, pictures: Path | None) -> None:
+        self._outputs, self._terminal, self._pictures = outputs, terminal, pictures
 
     def advance(self) -> None:
         if self._terminal:
@@ -41,12 +45,19 @@ class Outputs:
         for output in self._outputs:
             output.write(step, figures)
 
+    def show(self, step: int, picture: Tensor | None) -> None:
+        """Keep a (rows, columns, 3) uint8 picture of a step, if there is one."""
+        if self._pictures is None or picture is None:
+            return
+        self._pictures.mkdir(exist_ok=True)
+        Image.fromarray(picture.cpu().numpy()).save(self._pictures / f"step-{step:08d}.png")
+
 
 @contextmanager
 def writers(recipe: Recipe, world: World, position: Position, total: int) -> Iterator[Outputs]:
     """Console, ``metrics.jsonl`` and what `log_to` names; resolved recipe and versions are written beside them."""
     if not world.is_first:
-        yield Outputs([], None)
+        yield Outputs([], None, None)
         return
     folder = recipe.folder
     (folder / "recipe.yaml").write_text(configure.to_yaml(recipe), encoding="utf-8")
@@ -61,7 +72,7 @@ def writers(recipe: Recipe, world: World, position: Position, total: int) -> Ite
     }
     outputs += [opened[name]() for name in recipe.log_to]
     try:
-        yield Outputs(outputs, terminal)
+        yield Outputs(outputs, terminal, folder / "pictures")
     finally:
         for output in outputs:
             output.close()

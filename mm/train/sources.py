@@ -29,12 +29,13 @@ from mm.data.drops import dropped_rows, drops_identity
 from mm.data.index import Index, SplitSamples, index_card
 from mm.data.where import normal_form, select
 from mm.media import Facts, ImageFacts, PointFacts, SpeechFacts
-from mm.model.multimodal import MultimodalLM, build_model, build_processor
+from mm.model.build import build_trainable
+from mm.model.multimodal import build_processor
+from mm.model.trainable import Trainable
 from mm.packing.collate import Processor
 from mm.packing.materialise import Samples
 from mm.packing.source import DROPPED, FILTERED, MISSING, QUANTITIES, Rows, Source
 from mm.sample import BrokenSample, Modality
-from mm.tokenizers.text import TextTokenizer
 from mm.train.recipe import DataOptions, Recipe, SourceOptions
 
 logger = logging.getLogger(__name__)
@@ -51,13 +52,13 @@ TYPICAL: dict[Modality, tuple[Facts, ...]] = {
 class Blueprint:
     """The model on the meta device with its processor: enough to plan, without reading any weights."""
 
-    model: MultimodalLM
+    model: Trainable
     processor: Processor
 
     @classmethod
     def of(cls, recipe: Recipe) -> Blueprint:
-        model = build_model(recipe.model, meta=True)
-        return cls(model, build_processor(recipe.model, model, TextTokenizer.load(recipe.tokenizer)))
+        model = build_trainable(recipe.model, meta=True)
+        return cls(model, build_processor(recipe.model, model, recipe.text_tokenizer()))
 
     def identity(self) -> dict[str, Any]:
         """What lengths and costs follow from, for `Plan.open`: tokens and FLOPs of some media and documents."""
@@ -85,8 +86,8 @@ class Blueprint:
         return entrance.length(facts), self.model.media_flops(modality, entrance.transform.grid(facts))
 
     def document_flops(self, lengths: np.ndarray) -> np.ndarray:
-        """(n,) forward FLOPs of documents in the decoder."""
-        return self.model.decoder.document_flops(lengths)
+        """(n,) forward FLOPs of documents, beside those of their media."""
+        return self.model.document_flops(lengths)
 
     def media_of(self, index: Index) -> RowMedia:
         """What the media of every row cost, from header facts. Rows of equal facts are computed once."""
@@ -197,7 +198,7 @@ class OpenSource:
         text = _text_lengths(index, self.blueprint.processor)
         self._tell_unusable(index, text)
         media_tokens = media.tokens.sum(axis=1, keepdims=True)
-        usable = text[:, :, 0] > 0
+        usable = text[:, :, 0] >= 0
         return Rows(
             shards=np.diff(index.starts),
             tokens=np.where(usable, text[:, :, 0] + media_tokens, 0).astype(np.int32),
@@ -221,7 +222,7 @@ class OpenSource:
 
     def _tell_unusable(self, index: Index, text: np.ndarray) -> None:
         """Warn of the first rows without a length, with the reason of the first of them."""
-        rows = np.flatnonzero((text[:, :, 0] == 0).all(axis=1))
+        rows = np.flatnonzero((text[:, :, 0] < 0).all(axis=1))
         if not len(rows) or self.told:
             return
         self.told.append(True)
@@ -279,10 +280,10 @@ def _lengths_of(processor: Processor) -> tuple[Any, ...]:
 
 
 def _text_lengths(index: Index, processor: Processor) -> np.ndarray:
-    """(n, choices, 2) text tokens of every row, and those before its last media item ends; 0 where it is broken."""
+    """(n, choices, 2) text tokens of every row, and those before its last media item ends; -1 where it is broken."""
     column = columns.compute_choices(index, *_lengths_of(processor), processes=None, progress=False)
     choices = len(index.card.choices)
-    lengths = np.zeros((index.rows * choices, 2), np.int64)
+    lengths = np.full((index.rows * choices, 2), -1, np.int64)
     whole = pa.chunked_array(column, column.type).combine_chunks()
     present = np.repeat(np.asarray(whole.is_valid()), choices)  # a row that broke has no choices at all
     of_choices = whole.flatten()

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mm.configure import RecipeError
-from mm.model.multimodal import MultimodalLM
+from mm.model.trainable import Trainable
 from mm.train.activation import checkpoint_blocks
 from mm.train.memory import MemoryPart
 from mm.train.muon import fresh_state
@@ -130,7 +130,7 @@ class ZeroEngine(Engine):
 
 
 def zero_engine(
-    model: MultimodalLM,
+    model: Trainable,
     world: World,
     dtype: torch.dtype,
     options: ParallelOptions,
@@ -197,7 +197,7 @@ def zero_config(options: ParallelOptions, dtype: torch.dtype, clip: float, world
     }
 
 
-def _check_precision(model: MultimodalLM, dtype: torch.dtype, options: ParallelOptions) -> None:
+def _check_precision(model: Trainable, dtype: torch.dtype, options: ParallelOptions) -> None:
     """Raise `RecipeError` for what DeepSpeed would compute in 16 bits and FSDP2 does not."""
     if dtype == torch.float32:
         return
@@ -256,7 +256,7 @@ def _materialise(zero: Any, optimizer: torch.optim.Optimizer, stage: int) -> Non
         zero._lazy_init_hp_params_optimizer_state()  # shows each parameter its part of them, as the first update would
 
 
-def _gather_by_unit(model: MultimodalLM) -> None:
+def _gather_by_unit(model: Trainable) -> None:
     """Let stage 3 gather a block as a whole, and the rest with the model, as FSDP2 does.
 
     By itself it gathers what is a module's own when that module is called. Weights that others read (a tied head,

@@ -1,0 +1,74 @@
+"""What a model is trained towards, and what validation tells of it.
+
+weights(batches) ─Σ over ranks─▶ denominators ─┐
+batch ─model─▶ loss(batch, denominators) ──────┴▶ this batch's share, and (Σwℓ, Σw) by name for the meters
+batch ─model─▶ examine(batch) ─Σ over batches and ranks─▶ figures
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mm.model.trainable import Trainable
+from mm.packing.batch import Batch
+
+
+class Examined(NamedTuple):
+    """What a validation batch shows.
+
+    sums: of any shape, the same names on every rank; they are added up over batches and ranks
+    picture: (rows, columns, 3) uint8 for a person to look at, if there is one
+    """
+
+    sums: dict[str, Tensor]
+    picture: Tensor | None = None
+
+
+class Objective(ABC):
+    """`objective:` of a recipe. Denominators are sums over all micro-batches of all ranks of a step, so that packing,
+    accumulation and world size do not change the optimum."""
+
+    def prepare(self, model: Trainable) -> None:  # noqa: B027  (most objectives ask for nothing)
+        """Tell the model what will be asked of it, before it is sharded.
+
+        Raises:
+            RecipeError: this objective cannot train it.
+        """
+
+    @abstractmethod
+    def losses(self, sources: Sequence[str]) -> list[str]:
+        """Names of all losses that can occur, ``total`` and others, the same on every rank."""
+
+    @abstractmethod
+    def weights(self, batches: Sequence[Batch]) -> dict[str, float]:
+        """Σw by name over the micro-batches of a step on this rank; the caller sums it over ranks."""
+
+    @abstractmethod
+    def loss(
+        self, model: nn.Module, batch: Batch, denominators: Mapping[str, float], sources: Sequence[str]
+    ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+        """This batch's share of the step's loss, and detached (Σwℓ, Σw) for the meters, by the names of `losses`."""
+
+    def examine(self, model: nn.Module, batch: Batch, sources: Sequence[str]) -> Examined:
+        """What a validation batch shows: the sums of its losses, and whatever `figures` needs besides."""
+        _, parts = self.loss(model, batch, dict.fromkeys(self.weights([batch]), 1.0), sources)
+        return Examined(loss_sums(parts))
+
+    def figures(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+        """What validation reports of the sums over the whole split; a loss without weight is left out."""
+        pairs = {name: pair.tolist() for name, pair in sums.items() if name.startswith("loss/")}
+        return {
+            "validation_loss" if name == "loss/total" else f"validation_{name}": weighted / weight
+            for name, (weighted, weight) in pairs.items()
+            if weight
+        }
+
+
+def loss_sums(parts: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """(2,) Σwℓ and Σw of each loss, ``loss/total``, …, as `Objective.figures` expects them."""
+    return {f"loss/{name}": torch.stack(pair) for name, pair in parts.items()}
