@@ -371,7 +371,7 @@ def index(
 
 @data_app.command("build")
 def build_shards(
-    name: Annotated[str, typer.Argument(help="openclipart, image-folder, llava-json or mmc4")],
+    name: Annotated[str, typer.Argument(help="openclipart, image-folder, llava-json, mmc4 or scenes")],
     out: Annotated[Path, typer.Argument(help="folder for the shards and their card")],
     options: Annotated[list[str] | None, typer.Argument(help="of the builder: source=FOLDER …")] = None,
 ) -> None:

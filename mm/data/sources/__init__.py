@@ -4,6 +4,7 @@
     image-folder    any folder with pictures and a .txt or .json beside each
     llava-json      conversations in LLaVA's form and the folder of their pictures
     mmc4            interleaved documents in MMC4's form and the folder of their pictures
+    scenes          a stream of scenes of any length, composed of the demo's drawings, with captions that say all
 
 A builder is a function ``build(out, **options) -> Report``; the options and their defaults are its parameters.
 """
@@ -15,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from mm.data.sources import image_folder, llava_json, mmc4, openclipart
+from mm.data.sources import image_folder, llava_json, mmc4, openclipart, scenes
 from mm.data.sources.writer import Report
 
 SOURCES: dict[str, Callable[..., Report]] = {
@@ -23,6 +24,7 @@ SOURCES: dict[str, Callable[..., Report]] = {
     "image-folder": image_folder.build,
     "llava-json": llava_json.build,
     "mmc4": mmc4.build,
+    "scenes": scenes.build,
 }
 
 

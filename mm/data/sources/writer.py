@@ -61,15 +61,31 @@ def write_shards(members: Iterable[Member], folder: Path, name: str, samples_per
         ValueError: two samples of one shard have the same key, which readers would merge into one.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    remove_shards(folder, name)
+    chunks = enumerate(_chunks(members, samples_per_shard))
+    return sum(write_shard(chunk, shard_path(folder, name, number)) for number, chunk in chunks)
+
+
+def shard_path(folder: Path, name: str, number: int) -> Path:
+    """Where the shard of that number lies."""
+    return folder / f"{name}-{number:04d}.tar"
+
+
+def remove_shards(folder: Path, name: str) -> None:
+    """Removes the shards of that name, so that none of an earlier, longer build is left among the new ones."""
     for old in folder.glob(f"{name}-[0-9][0-9][0-9][0-9].tar"):
         old.unlink()
-    samples = 0
-    for number, chunk in enumerate(_chunks(members, samples_per_shard)):
-        path = folder / f"{name}-{number:04d}.tar"
-        unfinished = path.with_suffix(".tar.part")
-        _write_shard(chunk, unfinished)
-        unfinished.replace(path)
-        samples += len(chunk)
+
+
+def write_shard(members: Iterable[Member], path: Path) -> int:
+    """Number of samples written to the shard, which appears under its name when it is complete.
+
+    Raises:
+        ValueError: two samples have the same key, which readers would merge into one.
+    """
+    unfinished = path.with_suffix(".tar.part")
+    samples = _write_members(members, unfinished, path.name)
+    unfinished.replace(path)
     return samples
 
 
@@ -87,15 +103,16 @@ def write_card(path: Path, card: Mapping[str, Any]) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _write_shard(members: Iterable[Member], path: Path) -> None:
+def _write_members(members: Iterable[Member], path: Path, name: str) -> int:
     keys: set[str] = set()
     with path.open("wb") as stream, TarWriter(stream, user="mm", group="mm", mtime=0, encoder=False) as tar:
         for member in members:
             if member.key in keys:
-                raise ValueError(f"{path.name}: two samples have the key {member.key!r}; keys must differ in a shard")
+                raise ValueError(f"{name}: two samples have the key {member.key!r}; keys must differ in a shard")
             keys.add(member.key)
             fields = {extension: _encode(extension, value) for extension, value in member.fields.items()}
             tar.write({"__key__": member.key, **fields})
+    return len(keys)
 
 
 def _encode(extension: str, value: Any) -> bytes:
