@@ -91,6 +91,33 @@ def test_captions_say_what_a_reader_would_say() -> None:
 
 
 @pytest.mark.parametrize(
+    ("where", "cell"),
+    [
+        ("on the left", (0, 1)),
+        ("in the right half", (2, 1)),
+        ("in the upper half", (1, 0)),
+        ("at the bottom", (1, 2)),
+        ("in the lower half", (1, 2)),
+        ("in the top right corner", (2, 0)),
+        ("at the bottom left", (0, 2)),
+        ("in the center", (1, 1)),
+    ],
+)
+def test_words_for_places_mean_columns_and_rows(where: str, cell: tuple[int, int]) -> None:
+    (one,) = read(f"a small cat {where} on a blue background", {"cat": "cats"}).pieces
+    assert PLACES[one.place] == cell
+
+
+def test_relations_put_the_first_where_they_say() -> None:
+    def first(relation: str) -> str:
+        scene = read(f"a small cat {relation} a large bus on a blue background", {"cat": "cats", "bus": "buses"})
+        return next(one.place for one in scene.pieces if one.piece == "cat")
+
+    relations = ("to the left of", "to the right of", "above", "below")
+    assert [first(relation) for relation in relations] == ["left", "right", "top", "bottom"]
+
+
+@pytest.mark.parametrize(
     ("words", "complaint"),
     [
         ("a small cat in the middle", "no sentence of a known form"),
