@@ -14,7 +14,7 @@ from PIL import ImageDraw, ImageFont
 from mm.data.card import Card
 
 COLUMNS, ROWS = 8, 5
-WIDTH, HEIGHT, SCALE = 180, 206, 2
+WIDTH, HEIGHT, SCALE = 180, 216, 2
 
 
 def main(card: Card, path: str, split: str) -> None:

@@ -37,6 +37,10 @@ from mm.data.sources.scenes.compose import (
 )
 from mm.data.sources.scenes.language import NoCaption, caption, read
 from mm.data.sources.scenes.pieces import PAINTS, Pieces, cut_out, paint, read_pieces
+from mm.tokenizers.bpe import save_bpe, texts_of, train_bpe
+from mm.train.preview import planned
+from mm.train.recipe import Recipe
+from tests.small_world import write_recipe
 
 TABLE = DEMO / "pieces.tsv"
 STREAM = Stream(TABLE, seed=0, size=64)
@@ -282,6 +286,15 @@ def test_the_card_indexes_and_its_samples_are_a_picture_and_its_caption(tmp_path
         picture, words = sample.parts
         assert picture in sample.media
         assert words.text == facts(built, split)[3]["caption"]  # pyright: ignore
+
+
+def test_every_scene_finds_a_place_in_a_plan_with_a_tokenizer_of_its_own_captions(built: Card, tmp_path: Path) -> None:
+    save_bpe(train_bpe(texts_of(built, 1_000_000), 300), tmp_path / "bpe")
+    names = {"scenes": built.path, "held_out": built.path, "text": tmp_path / "card.yaml"}
+    recipe = Recipe.load(write_recipe(tmp_path, names, tmp_path / "bpe", ["scenes"], steps=None, epochs=1))
+    planned_here = planned(recipe).plan.statistics().sources["scenes"]
+    assert planned_here.samples == 60
+    assert not any(planned_here.dropped.values())
 
 
 def test_a_shorter_build_leaves_no_shard_of_a_longer_one(tmp_path: Path) -> None:
