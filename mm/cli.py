@@ -371,11 +371,13 @@ def index(
 
 @data_app.command("build")
 def build_shards(
-    name: Annotated[str, typer.Argument(help="openclipart, image-folder, llava-json or mmc4")],
+    name: Annotated[
+        str, typer.Argument(help="openclipart, image-folder, llava-json, mmc4, scenes, gcide, wordnet or python-docs")
+    ],
     out: Annotated[Path, typer.Argument(help="folder for the shards and their card")],
     options: Annotated[list[str] | None, typer.Argument(help="of the builder: source=FOLDER …")] = None,
 ) -> None:
-    """Write WebDataset shards and a card from what you have."""
+    """Write shards and a card from what you have."""
     from mm.data.sources import build
 
     given: dict[str, str] = {}
@@ -419,6 +421,26 @@ def tokenize_data(
         f"{found.broken:,} could not be decoded",
         highlight=False,
     )
+
+
+@data_app.command("bpe")
+def train_tokenizer(
+    cards: Annotated[list[Path], typer.Argument(help="data cards whose train splits hold the texts")],
+    out: Annotated[Path, typer.Option(help="folder for tokenizer.json; the `tokenizer.path` of a recipe")],
+    size: Annotated[int, typer.Option(help="number of ids, 257 or more")] = 1024,
+    characters: Annotated[
+        int, typer.Option(help="of each card at most, so that none outweighs the others")
+    ] = 4_000_000,
+) -> None:
+    """Train a small byte-level BPE on the texts of some cards."""
+    from itertools import chain
+
+    from mm.data.card import Card
+    from mm.tokenizers.bpe import save_bpe, texts_of, train_bpe
+
+    texts = chain.from_iterable(texts_of(Card.load(card), characters) for card in cards)
+    save_bpe(train_bpe(texts, size), out)
+    console.print(f"{out} holds a tokenizer of {size:,} ids")
 
 
 @data_app.command("show")

@@ -1,9 +1,13 @@
-"""Builders that write WebDataset shards and their card: ``mm data build NAME OUT [option=value …]``.
+"""Builders that write shards and their card: ``mm data build NAME OUT [option=value …]``.
 
     openclipart     Debian's public-domain drawings with curated captions: the demo corpus, byte for byte
     image-folder    any folder with pictures and a .txt or .json beside each
     llava-json      conversations in LLaVA's form and the folder of their pictures
     mmc4            interleaved documents in MMC4's form and the folder of their pictures
+    scenes          a stream of scenes of any length, composed of the demo's drawings, with captions that say all
+    gcide           Debian's dict-gcide: entries of a large dictionary of English, as running text
+    wordnet         Debian's wordnet-base: meanings of words with examples, as running text
+    python-docs     what this Python says about itself: English without a download
 
 A builder is a function ``build(out, **options) -> Report``; the options and their defaults are its parameters.
 """
@@ -15,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from mm.data.sources import image_folder, llava_json, mmc4, openclipart
+from mm.data.sources import dictionaries, image_folder, llava_json, mmc4, openclipart, python_docs, scenes
 from mm.data.sources.writer import Report
 
 SOURCES: dict[str, Callable[..., Report]] = {
@@ -23,6 +27,10 @@ SOURCES: dict[str, Callable[..., Report]] = {
     "image-folder": image_folder.build,
     "llava-json": llava_json.build,
     "mmc4": mmc4.build,
+    "scenes": scenes.build,
+    "gcide": dictionaries.build_gcide,
+    "wordnet": dictionaries.build_wordnet,
+    "python-docs": python_docs.build,
 }
 
 
