@@ -95,6 +95,52 @@ def test_alternatives_of_two_texts_multiply(tmp_path: Path) -> None:
     assert [words(index.sample(0, choice)) for choice in range(4)] == [["a", "c"], ["a", "d"], ["b", "c"], ["b", "d"]]
 
 
+def test_orders_multiply_with_alternatives_of_texts_and_move_parts_of_a_kind_together(tmp_path: Path) -> None:
+    members = [("1.jpg", jpeg()), ("1.png", jpeg(9, 9, format="PNG")), *((f"1.{one}", one.encode()) for one in "abc")]
+    write_tar(tmp_path / "0.tar", members)
+    sample = {
+        "parts": [
+            {"image": "jpg"},
+            {"text": [{"from": "a", "p": 0.25}, {"from": "b", "p": 0.75}]},
+            {"image": "png"},
+            {"text": "c"},
+        ],
+        "orders": [
+            {"p": 0.5, "parts": ["image", "text", "image", "text"]},
+            {"p": 0.5, "parts": ["text", "text", "image", "image"]},
+        ],
+    }
+    index = indexed(write_card(tmp_path, "0.tar", sample), tmp_path)
+    assert index.card.choices == (0.125, 0.375, 0.125, 0.375)
+    drawn, boxed = Image(members[0][1]), Image(members[1][1])
+    assert [index.sample(0, choice).parts for choice in range(4)] == [
+        (drawn, Text("a"), boxed, Text("c")),
+        (drawn, Text("b"), boxed, Text("c")),
+        (Text("a"), Text("c"), drawn, boxed),
+        (Text("b"), Text("c"), drawn, boxed),
+    ]
+
+
+PAIR = [{"image": "jpg"}, {"text": "txt"}]
+
+
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        ({"parts": PAIR}, "missing key 'orders'"),
+        ({"parts": PAIR, "orders": []}, "expected a list such as"),
+        ({"parts": [], "orders": [{"p": 1, "parts": []}]}, "expected a list of parts"),
+        ({"parts": PAIR, "orders": [{"p": 1, "parts": ["text"]}]}, r"expected the parts image, text in some order"),
+        ({"parts": PAIR, "orders": [{"p": 1, "parts": ["text", "image", "image"]}]}, "expected the parts image, text"),
+        ({"parts": PAIR, "orders": [{"p": 0.5, "parts": ["text", "image"]}]}, "add up to 0.5, expected 1"),
+        ({"parts": PAIR, "orders": [{"parts": ["text", "image"]}]}, "missing key 'p'"),
+    ],
+)
+def test_orders_that_do_not_go_with_the_parts_are_refused(tmp_path: Path, sample: object, message: str) -> None:
+    with pytest.raises(CardError, match=message):
+        Card.load(write_card(tmp_path, "x.tar", sample))
+
+
 def test_a_choice_reads_its_own_text_and_the_index_knows_both_lengths(tmp_path: Path) -> None:
     record = as_json({"recaption": "a longer caption"})
     write_tar(tmp_path / "0.tar", [("1.jpg", jpeg()), ("1.txt", b"short\n"), ("1.json", record)])

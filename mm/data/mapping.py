@@ -1,6 +1,6 @@
 """How a record becomes a sample: the ``sample:`` of a data card.
 
-    Parts   an ordered list of parts, each read from a field      caption pairs, transcripts, questions in columns
+    Parts   a list of parts, each read from a field, in an order  caption pairs, transcripts, questions in columns
     Chat    one field holds a conversation with media markers     LLaVA turns, message lists, question–answer lists
     Page    two lists hold the texts and pictures of a page       OBELICS, InfiMM-WebMath, MMC4
 
@@ -66,7 +66,11 @@ class MappingError(ValueError):
 
 
 class RecordMapping(ABC):
-    """Record to parts. `choices` are the probabilities of the alternative texts, at least one."""
+    """Record to parts. `choices` are the probabilities of the alternative texts and orders, at least one.
+
+    Under every choice a sample has the same items of each modality, in the same order among themselves: facts and codes
+    of a row hold for all of its choices.
+    """
 
     choices: tuple[float, ...]
 
@@ -113,19 +117,32 @@ class MediaFiles:
     base64: bool = False
 
 
-class Parts(RecordMapping):
-    """Parts in the order of the card. A choice picks one alternative of every text; the last text varies fastest."""
+@dataclass(frozen=True, slots=True)
+class Order:
+    """Places of the parts of the card in the order in which they come, and the probability of this order.
 
-    def __init__(self, parts: tuple[TextPart | MediaFiles, ...]) -> None:
+    Parts of one kind keep the order of the card.
+    """
+
+    places: tuple[int, ...]
+    p: float = 1.0
+
+
+class Parts(RecordMapping):
+    """Parts in one of some orders. A choice picks an order and one alternative of every text, the last text fastest."""
+
+    def __init__(self, parts: tuple[TextPart | MediaFiles, ...], orders: tuple[Order, ...] = ()) -> None:
         self._parts = parts
+        orders = orders or (Order(tuple(range(len(parts)))),)
         alternatives = [part.alternatives for part in parts if isinstance(part, TextPart)]
-        self._combinations = list(itertools.product(*alternatives))
-        self.choices = tuple(math.prod(one.p for one in combination) for combination in self._combinations)
+        self._combinations = [(order, picked) for order in orders for picked in itertools.product(*alternatives)]
+        self.choices = tuple(order.p * math.prod(one.p for one in picked) for order, picked in self._combinations)
 
     def parts(self, fields: Fields, choice: int) -> tuple[Part, ...]:
-        picked = iter(self._combinations[choice])
+        order, alternatives = self._combinations[choice]
+        picked = iter(alternatives)
         parts: list[Part] = []
-        for part in self._parts:
+        for part in (self._parts[place] for place in order.places):
             if isinstance(part, TextPart):
                 parts.append(Text(_first_words(fields, next(picked).fields), part.loss, part.role))
             else:
@@ -545,15 +562,48 @@ def parse_mapping(spec: Any) -> RecordMapping:
         MappingError: an unknown key or a value of the wrong kind; names it and what is allowed.
     """
     if isinstance(spec, list) and spec:
-        parts = tuple(_parse_part(part, f"sample[{number}]") for number, part in enumerate(spec))
-        if len({part.role is None for part in parts}) > 1:
-            raise MappingError("sample: give every part a `role`, which makes the sample a chat, or none of them")
-        return Parts(parts)
+        return Parts(_parse_parts(spec, "sample"))
+    if isinstance(spec, dict) and "parts" in spec:
+        check_keys(spec, ("parts", "orders"), (), "sample")
+        parts = _parse_parts(spec["parts"], "sample.parts")
+        return Parts(parts, _parse_orders(spec["orders"], parts))
     if isinstance(spec, dict) and "chat" in spec:
         return _parse_chat(spec)
     if isinstance(spec, dict) and "texts" in spec:
         return _parse_page(spec)
-    raise MappingError("sample: expected a list of parts, or a mapping with `chat` or with `texts` and `images`")
+    raise MappingError(
+        "sample: expected a list of parts, or a mapping with `parts` and `orders`, with `chat`, or with `texts` and "
+        "`images`"
+    )
+
+
+def _parse_parts(spec: Any, where: str) -> tuple[TextPart | MediaFiles, ...]:
+    if not isinstance(spec, list) or not spec:
+        raise MappingError(f"{where}: {spec!r}, expected a list of parts such as `text: txt`")
+    parts = tuple(_parse_part(part, f"{where}[{number}]") for number, part in enumerate(spec))
+    if len({part.role is None for part in parts}) > 1:
+        raise MappingError(f"{where}: give every part a `role`, which makes the sample a chat, or none of them")
+    return parts
+
+
+def _parse_orders(spec: Any, parts: tuple[TextPart | MediaFiles, ...]) -> tuple[Order, ...]:
+    """Orders of parts that are named by their kind: the second `text` of an order is the second text of the card."""
+    if not isinstance(spec, list) or not spec:
+        raise MappingError(f"sample.orders: {spec!r}, expected a list such as `{{p: 0.5, parts: [text, image]}}`")
+    places = defaultdict(list)
+    for place, part in enumerate(parts):
+        places[(Modality.TEXT if isinstance(part, TextPart) else part.modality).label].append(place)
+    kinds = sorted(kind for kind, of_kind in places.items() for _ in of_kind)
+    orders = []
+    for number, one in enumerate(spec):
+        check_keys(one, ("p", "parts"), (), f"sample.orders[{number}]")
+        if not isinstance(one["parts"], list) or sorted(map(str, one["parts"])) != kinds:
+            raise MappingError(
+                f"sample.orders[{number}].parts: {one['parts']!r}, expected the parts {', '.join(kinds)} in some order"
+            )
+        following = {kind: iter(of_kind) for kind, of_kind in places.items()}
+        orders.append(tuple(next(following[kind]) for kind in one["parts"]))
+    return tuple(map(Order, orders, _parse_probabilities(spec, "sample.orders")))
 
 
 def _parse_part(spec: Any, where: str) -> TextPart | MediaFiles:
@@ -583,11 +633,19 @@ def _parse_alternatives(spec: Any, where: str) -> tuple[Alternative, ...]:
         return (Alternative(_parse_paths(spec, where)),)
     for number, one in enumerate(spec):
         check_keys(one, ("from", "p"), (), f"{where}[{number}]")
+    probabilities = _parse_probabilities(spec, where)
+    paths = [_parse_paths(one["from"], f"{where}[{number}]") for number, one in enumerate(spec)]
+    return tuple(map(Alternative, paths, probabilities))
+
+
+def _parse_probabilities(spec: list[dict[str, Any]], where: str) -> list[float]:
+    """The `p` of each of some options."""
+    for number, one in enumerate(spec):
         if not isinstance(one["p"], int | float) or not 0 < one["p"] <= 1:
             raise MappingError(f"{where}[{number}].p: {one['p']!r}, expected a probability")
     if abs((total := sum(one["p"] for one in spec)) - 1) > 1e-6:
         raise MappingError(f"{where}: the probabilities `p` add up to {total:g}, expected 1")
-    return tuple(Alternative(_parse_paths(one["from"], f"{where}[{n}]"), float(one["p"])) for n, one in enumerate(spec))
+    return [float(one["p"]) for one in spec]
 
 
 def _parse_chat(spec: dict[str, Any]) -> Chat:

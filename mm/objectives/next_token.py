@@ -1,14 +1,16 @@
 """Next-token prediction with a weight per token, normalised over the global batch.
 
 ``L = Σ_t w_t (nll_t + λ lse_t²) / Σ_t w_t``, both sums over all tokens of all micro-batches of all ranks, so that
-packing, accumulation and world size do not change the optimum. Where tokens choose among experts, their loss of balance
-is added, a sum over packs divided by the same denominator.
+packing, accumulation and world size do not change the optimum. With modality weights, w_t is the token's weight in the
+batch times that of its modality. Where tokens choose among experts, their loss of balance is added, a sum over packs
+divided by the same denominator.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,11 +27,25 @@ from mm.sample import Modality
 
 @dataclass(frozen=True)
 class NextToken(Objective):
-    """`objective:` of a recipe. `z_loss` is λ (1e-5 in Chameleon); 0 leaves the term out."""
+    """`objective:` of a recipe.
+
+    z_loss: λ (1e-5 in Chameleon); 0 leaves the term out
+    modality_weights: factors on the weights of labels by their modality, 1 where none is named. 0 leaves a modality
+        out of the loss and of what it is divided by. The begin and end of an item's codes are text
+    """
 
     z_loss: float = 0.0
+    modality_weights: dict[str, float] = field(default_factory=dict)
 
     name = "next_token"
+
+    def __post_init__(self) -> None:
+        allowed = [modality.label for modality in Modality]
+        for name, weight in self.modality_weights.items():
+            if name not in allowed:
+                raise RecipeError(f"objective.modality_weights names {name!r}; expected {', '.join(allowed)}")
+            if not 0 <= weight < math.inf:
+                raise RecipeError(f"objective.modality_weights.{name} is {weight}; expected a number from 0 on")
 
     def prepare(self, model: Trainable) -> None:
         if not isinstance(model, MultimodalLM):
@@ -44,7 +60,7 @@ class NextToken(Objective):
 
     def weights(self, batches: Sequence[Batch]) -> dict[str, float]:
         """Σw over the micro-batches of a step on this rank; the caller sums it over ranks."""
-        return {self.name: float(sum(batch.weights.double().sum() for batch in batches))}
+        return {self.name: float(sum(self._weighted(batch).weights.double().sum() for batch in batches))}
 
     def loss(
         self, model: nn.Module, batch: Batch, denominators: Mapping[str, float], sources: Sequence[str]
@@ -53,9 +69,18 @@ class NextToken(Objective):
 
         The sums are named ``total``, ``modality/text`` … by the label's modality, and ``source/NAME``.
         """
+        batch = self._weighted(batch)
         predicted: Any = model(batch, z_loss=self.z_loss)
         total = torch.stack([predicted.total, *predicted.reports.balance]).sum()
         return total / max(denominators[self.name], 1e-12), weighted_sums(batch, predicted.nll, sources)
+
+    def _weighted(self, batch: Batch) -> Batch:
+        """The batch with the weights of its labels multiplied by those of their modalities."""
+        if not self.modality_weights:
+            return batch
+        factors = torch.tensor([self.modality_weights.get(modality.label, 1.0) for modality in Modality])
+        of_label = batch.modality.roll(-1).long()  # the label is the next token of the same document
+        return replace(batch, weights=batch.weights * factors[of_label].to(batch.weights.device, non_blocking=True))
 
 
 def weighted_sums(batch: Batch, nll: Tensor, sources: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
