@@ -7,7 +7,6 @@ Both are parts of checkpoints of language models. Only files that hold them are 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from abc import abstractmethod
@@ -29,7 +28,7 @@ from mm.locate import locate
 from mm.media import ImageFacts
 from mm.sample import Modality
 from mm.tokenizers.autoencoder import AutoencoderConfig, PixelDecoder, to_bytes, to_grid
-from mm.tokenizers.base import MediaTokenizer
+from mm.tokenizers.base import MediaTokenizer, fingerprint
 
 PART = "vqmodel."
 """What stands before the names of the tokenizer's tensors in a language model's checkpoint."""
@@ -112,7 +111,9 @@ class PublishedTokenizer(MediaTokenizer):
         self.scale = [self.processor.rescale_factor / deviation for deviation in self.processor.image_std]
         self.shift = [-m / d for m, d in zip(self.processor.image_mean, self.processor.image_std, strict=True)]
         self.vq: Any = self.build(self.config)
-        self.fingerprint = _digest(self.config.to_json_string(), self.processor.to_json_string(), source.identity())
+        self.fingerprint = fingerprint(
+            [self.config.to_json_string(), self.processor.to_json_string(), source.identity()]
+        )
         if torch.get_default_device().type != "meta":
             _load(self.vq, source)
         self.vq.eval()
@@ -259,11 +260,7 @@ class _Source:
         """Of the weights: on the hub the commit, of a folder their digest."""
         if self.folder is None:
             return self.configuration().name
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.tensors()):
-            digest.update(name.encode())
-            digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return fingerprint([], self.tensors())
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors of the VQ model, under its own names.
@@ -330,7 +327,3 @@ def _load_decoder(decoder: PixelDecoder, file: str) -> None:
         decoder.load_state_dict(own)
     except RuntimeError as error:
         raise RecipeError(f"{file} does not hold the decoder of this tokenizer: {error}") from error
-
-
-def _digest(*content: str) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
