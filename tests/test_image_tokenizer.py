@@ -20,6 +20,7 @@ from mm.configure import PRESET_FOLDERS, RecipeError, build, presets, resolve
 from mm.model.autoencoder import AutoencoderOptions, JudgedAutoencoder, PatchDiscriminator, build_autoencoder
 from mm.model.build import build_trainable
 from mm.model.multimodal import ModelOptions
+from mm.objectives.base import Objective
 from mm.objectives.reconstruction import Reconstruction, psnr
 from mm.packing.batch import Batch
 from mm.packing.materialise import MicroStep
@@ -505,6 +506,23 @@ def test_presets_of_tokenizers_of_pictures_name_classes_that_there_are() -> None
     for spec in media:
         with pytest.raises(RecipeError, match="unknown option `no_such_option`"):
             build(spec | {"no_such_option": 1}, MediaTokenizer)
+
+
+@pytest.mark.parametrize(
+    ("preset", "grid", "codes", "millions"),
+    [("train/image-tokenizer-64.yaml", (8, 8), 512, 0.9), ("train/image-tokenizer.yaml", (16, 16), 8192, 64.2)],
+)
+def test_presets_train_tokenizers_of_the_sizes_that_they_name(
+    preset: str, grid: tuple[int, int], codes: int, millions: float
+) -> None:
+    for recipe in Recipe.load(preset).stage_recipes():
+        model = build_trainable(recipe.model, meta=True)
+        assert isinstance(model, JudgedAutoencoder)
+        build(recipe.objective, Objective).prepare(model)
+        assert (model.tokenizer.transform.features, model.tokenizer.codes) == (grid, codes)
+        size = sum(parameter.numel() for parameter in model.tokenizer.parameters())
+        assert size / 1e6 == pytest.approx(millions, abs=0.05)
+        assert recipe.packing.capacity % math.prod(grid) == 0
 
 
 # ---------------------------------------------------------------------------------------------------------- refusals

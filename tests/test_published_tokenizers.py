@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -30,7 +33,7 @@ from mm.tokenizers.autoencoder import to_grid
 from mm.tokenizers.published import ChameleonTokenizer, Emu3Tokenizer, NativeSize
 
 LANGUAGE = {
-    "vocab_size": 80,
+    "vocab_size": 4000,
     "hidden_size": 16,
     "intermediate_size": 16,
     "num_hidden_layers": 1,
@@ -205,6 +208,33 @@ def test_weights_of_another_architecture_are_refused(chameleon: Path, tmp_path: 
     save_file({"vqmodel.quantize.embedding.weight": torch.zeros(3, 8)}, tmp_path / "model.safetensors")
     with pytest.raises(RecipeError, match=r"tensors make a ChameleonVQVAE, and \d+ of them are missing"):
         ChameleonTokenizer(str(tmp_path))
+
+
+def test_a_name_is_read_from_the_cache_of_the_hub(
+    chameleon: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files without a part of the tokenizer are not asked for; the commit is the identity of the weights."""
+    commit = "1" * 40
+    snapshot = tmp_path / "models--someone--model" / "snapshots" / commit
+    shutil.copytree(chameleon, snapshot)
+    (tmp_path / "models--someone--model" / "refs").mkdir()
+    (tmp_path / "models--someone--model" / "refs" / "main").write_text(commit)
+    where = json.loads((snapshot / "model.safetensors.index.json").read_text())["weight_map"]
+    needed = {file for name, file in where.items() if "vqmodel." in name}
+    others = {file.name for file in snapshot.glob("*.safetensors")} - needed
+    assert others
+    for file in others:
+        (snapshot / file).unlink()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    expected, found = ChameleonTokenizer(str(chameleon)), ChameleonTokenizer("someone/model")
+    prepared = [expected.transform.prepare(item) for item in PICTURES]
+    assert np.array_equal(found.codes_of(prepared, [(16, 16)] * 4), expected.codes_of(prepared, [(16, 16)] * 4))
+    (tmp_path / "models--someone--model" / "refs" / "main").write_text("2" * 40)
+    snapshot.rename(snapshot.with_name("2" * 40))
+    assert ChameleonTokenizer("someone/model").fingerprint != found.fingerprint
+    with pytest.raises(RecipeError, match="'someone/other' is no folder here, nor a name that the hub gives"):
+        ChameleonTokenizer("someone/other")
 
 
 def test_a_vq_model_alone_is_read_too(chameleon: Path, tmp_path: Path) -> None:
