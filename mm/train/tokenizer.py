@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
-from torch import nn
 
 from mm.configure import RecipeError, build
 from mm.model.autoencoder import JudgedAutoencoder
 from mm.model.build import build_trainable
-from mm.tokenizers.base import MediaTokenizer
+from mm.tokenizers.base import MediaTokenizer, fingerprint
 from mm.tokenizers.image import ImageAutoencoder
 from mm.train import checkpoint
 from mm.train.export import recipe_of
@@ -41,14 +38,5 @@ class TrainedTokenizer(MediaTokenizer):
         model.judges.to_empty(device="cpu")  # to be read as well, but not from where they came
         checkpoint.load_weights(path, model)
         tokenizer = model.tokenizer.eval().requires_grad_(False)
-        tokenizer.fingerprint = fingerprint(tokenizer.fingerprint, tokenizer)
+        tokenizer.fingerprint = fingerprint([tokenizer.fingerprint], tokenizer.state_dict().items())
         return tokenizer
-
-
-def fingerprint(options: str, module: nn.Module) -> str:
-    """Of options and weights."""
-    digest = hashlib.sha256(options.encode())
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
