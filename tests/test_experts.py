@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,7 @@ from mm.model.depth import Depth, highest
 from mm.model.experts import ALL, ExpertGroup, Experts, Gate, ModalityExperts, members
 from mm.model.stream import Reports, Stream
 from mm.sample import Modality
+from mm.train.recipe import Recipe
 
 D = 32
 CONFIG = DecoderConfig(vocabulary=97, width=D, layers=3, heads=2, kv_heads=1, head_dim=16, ffn=48)
@@ -501,6 +503,24 @@ def test_parameter_counts_are_the_papers(layers: int, width: int, ffn: int, coun
         )
     counted = sum(p.numel() for name, p in model.named_parameters() if "norm" not in name and "router" not in name)
     assert counted / 1e6 == pytest.approx(millions, rel=5e-4)
+
+
+RECIPES = {"moma-90m": (209.7, 92.27), "moma-435m": (1845.5, 436.2), "moma-1.4b": (7113.5, 1476.4)}
+RECIPES["moma-1.4b-depth"] = (11853.0, 2340.0)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_have_the_papers_sizes_up_to_rounding_for_kernels(name: str) -> None:
+    chosen = Recipe.load(f"train/{name}.yaml").stage_recipes()
+    assert [stage.model.decoder.resolve().is_causal for stage in chosen] == [name != "moma-1.4b-depth", False, True]
+    for stage, millions in ((chosen[1], RECIPES[name][0]), (chosen[0], RECIPES[name][1])):
+        config = stage.model.decoder.resolve()
+        assert config.ffn % 8 == 0
+        with torch.device("meta"):
+            model = Decoder(config)
+        counted = [(key, p.numel()) for key, p in model.named_parameters()]
+        without = sum(n for key, n in counted if not re.search(r"norm|router|depth\.", key))
+        assert without / 1e6 == pytest.approx(millions, rel=2e-3)
 
 
 def test_flops_a_token_do_not_grow_with_experts() -> None:
