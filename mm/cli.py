@@ -316,13 +316,14 @@ def evaluate(
     from mm.evaluate import Options, read_suite
     from mm.evaluate import evaluate as run_suite
     from mm.evaluate.model import ModelAnswerer
+    from mm.model.multimodal import build_tokenizers
     from mm.train.export import load_trained
     from mm.train.versions import versions
 
     trained = load_trained(run)
     options = Options(generation_questions=generate, about={"checkpoint": str(run), **versions()})
     with Progress(console=console) as progress:
-        answerer = ModelAnswerer(trained.model, trained.processor)
+        answerer = ModelAnswerer(trained.model, trained.processor, build_tokenizers(trained.recipe.model))
         results = run_suite(read_suite(suite), answerer, options, progress)
     for table in results.tables():
         console.print(table)
