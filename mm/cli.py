@@ -421,6 +421,7 @@ def tokenize_data(
         f"{rows.card.name}/{split}: {found.items:,} items in {rows.rows:,} samples are {found.codes:,} codes; "
         f"{found.broken:,} could not be decoded",
         highlight=False,
+        soft_wrap=True,
     )
 
 

@@ -320,6 +320,18 @@ def test_codes_that_are_not_those_of_the_recipe_are_refused_with_the_command_to_
         samples.sample(1, 0)
 
 
+def test_codes_of_another_number_of_items_are_refused(scenes: Path, tmp_path: Path) -> None:
+    index = indexed(scenes, tmp_path / "index")
+    column = TokenizerScorer(SPEC).column
+
+    def doubled(rows: Iterator[Row]) -> Iterator[list[list[int]]]:
+        return ([[1], [2]] for _ in rows)
+
+    columns.ensure(index, column.name, column.fingerprint, doubled, column.type, progress=False)
+    with pytest.raises(ColumnError, match="1 image items, and codes of 2"):
+        coded(index).sample(0, 0)
+
+
 def test_the_weights_of_a_tokenizer_tell_its_column_from_anothers(tmp_path: Path) -> None:
     for name, seed in (("one", 0), ("other", 1)):
         np.save(tmp_path / f"{name}.npy", np.random.default_rng(seed).random((16, 3), np.float32))
@@ -459,6 +471,14 @@ def test_filters_and_drops_hold_for_codes(tmp_path: Path, tokenizer_folder: Path
     rows = {(one.shard, one.row) for pack in packs for one in pack.samples()}
     wide = [row for row in range(1, 48) if index.facts(row)[0].width > 8]  # type: ignore[union-attr]
     assert rows == {(row // 12, row % 12) for row in wide}
+
+
+def test_a_source_without_pictures_needs_no_codes(tmp_path: Path, tokenizer_folder: Path) -> None:
+    recipe = fusion_recipe(tmp_path, tokenizer_folder)
+    run_tokenize(recipe)
+    words = write_scenes(tmp_path / "words", "words", rows=12, sample=[{"text": "txt"}])
+    run = train_here(recipe, f"data.sources.words.card={words}")
+    assert losses(run, "loss/source/words")
 
 
 def test_another_tokenizer_is_another_plan(fusion: Path, tmp_path: Path) -> None:

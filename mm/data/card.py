@@ -7,7 +7,7 @@
     format: webdataset                        # or parquet, jsonl
     splits:
       train: {shards: ["cc3m/{00000..00331}.tar"]}      # paths, globs, ranges, ~, URLs; relative to the card's folder
-    sample:                                   # parts in order, see mm.data.mapping
+    sample:                                   # parts in order, or in several orders, see mm.data.mapping
       - image: [webp, jpg, png]               # first field that is present
       - text: [{from: txt, p: 0.3}, {from: json.recaption, p: 0.7}]     # a choice
     key: json.uid                             # optional: a label other than the record's own key

@@ -9,9 +9,9 @@ tokenizer or to a codebook of another size is refused, never shifted.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -45,19 +45,25 @@ class CodeColumn:
         return f"{self.tokenizer}, {self.size} codes"
 
     def check_computed(self, index: Index) -> None:
-        """Raises `ColumnError`, with the command to run, unless the column is there for all rows of an index."""
-        problems = list(columns.problems(index, self.name, self.fingerprint))
-        if not problems:
+        """Raises `ColumnError`, with the command to run, unless all rows of an index with items have their codes."""
+        problems = columns.problems(index, self.name, self.fingerprint)
+        missing = [number for number in problems if self._has_items(index, number)]
+        if not missing:
             return
+        first = missing[0]
         others = set(columns.fingerprints(index, self.name)) - {self.fingerprint}
         known = f" There are codes of other tokenizers: {', '.join(sorted(others))}." if others else ""
         label, card, split = self.modality.label, index.card, index.split
         raise ColumnError(
-            f"{card.name}/{split}: of {len(index.shards)} shards {len(problems)} have no {label} codes of the recipe's "
-            f"tokenizer ({self.fingerprint}); the first: {problems[0]}.{known} Write them with "
-            f"`mm data tokenize {card.path} --split {split} --folder {index.folder} --with FILE`, where FILE holds "
-            f"what the recipe has as model.tokenizers.{label}"
+            f"{card.name}/{split}: of {len(index.shards)} shards {len(missing)} have no {label} codes of the recipe's "
+            f"tokenizer ({self.fingerprint}); the first, {index.shards[first].shard}: {problems[first]}.{known} Write "
+            f"them with `mm data tokenize {card.path} --split {split} --folder {index.folder} --with FILE`, where FILE "
+            f"holds what the recipe has as model.tokenizers.{label}"
         )
+
+    def _has_items(self, index: Index, shard: int) -> bool:
+        first, last = index.media_starts[index.starts[shard : shard + 2]]
+        return bool((index.media[first:last, 0] == self.modality).any())
 
 
 class CodedSamples:
@@ -85,24 +91,32 @@ class CodedSamples:
 
         Raises:
             BrokenSample: an item could not be decoded when its codes were to be computed.
-            ColumnError: no codes for this shard, or for other rows.
+            ColumnError: no codes for this shard, for other rows, or of another number of items.
         """
         sample = self._samples.sample(shard, row, choice, stamp)
+        counts = Counter(part.modality for part in sample.media if part.modality in self._readers)
+        items = {modality: self._items(shard, row, modality, count) for modality, count in counts.items()}
+        return replace(sample, parts=tuple(_with_codes(sample, items)))
+
+    def _items(self, shard: int, row: int, modality: Modality, count: int) -> Iterator[pa.ListScalar]:
+        """The codes of a row's items."""
         entry = self._samples.entry(shard)
-        items = {modality: iter(reader.value(entry, row)) for modality, reader in self._readers.items()}
-        name = f"{Path(entry.shard).name}, row {row}"
-        return Sample(sample.source, sample.key, tuple(_with_codes(sample, items, name)))
+        items = self._readers[modality].value(entry, row)
+        if len(items) != count:
+            raise ColumnError(
+                f"{entry.shard}, row {row}: {count} {modality.label} items, and codes of {len(items)}; the column was "
+                "not written by `mm data tokenize`"
+            )
+        return iter(items)
 
 
-def _with_codes(sample: Sample, items: Mapping[Modality, Iterator[pa.ListScalar]], name: str) -> Iterator[Part]:
+def _with_codes(sample: Sample, items: Mapping[Modality, Iterator[pa.ListScalar]]) -> Iterator[Part]:
     """The parts of a sample, files replaced by the codes of the next item of their modality."""
     for part in sample.parts:
         if not isinstance(part, MediaPart) or part.modality not in items:
             yield part
             continue
-        item = next(items[part.modality], None)
-        if item is None:
-            raise ColumnError(f"{name}: the column has codes of fewer {part.modality.label} items than the sample")
-        if not item.is_valid:
+        codes = next(items[part.modality])
+        if not codes.is_valid:
             raise BrokenSample(f"no {part.modality.label} codes: the file could not be decoded when they were computed")
-        yield Codes(part.modality, tuple(item.values.to_numpy().tolist()), part.role)
+        yield Codes(part.modality, tuple(codes.values.to_numpy().tolist()), part.role)

@@ -137,8 +137,8 @@ def load(index: Index, name: str, fingerprint: str) -> pa.ChunkedArray:
     Raises:
         ColumnError: it was not computed, or for other rows.
     """
-    for problem in problems(index, name, fingerprint):
-        raise ColumnError(f"column {name!r} ({fingerprint}) of {problem}")
+    for number, problem in problems(index, name, fingerprint).items():
+        raise ColumnError(f"column {name!r} ({fingerprint}) of {index.shards[number].shard}: {problem}")
     folder = column_folder(index.folder, name, fingerprint)
     chunks: list[pa.Array] = []
     for entry in index.shards:
@@ -146,12 +146,11 @@ def load(index: Index, name: str, fingerprint: str) -> pa.ChunkedArray:
     return pa.chunked_array(chunks)
 
 
-def problems(index: Index, name: str, fingerprint: str) -> Iterator[str]:
-    """Shards of the index for whose rows a column was not computed, each with the reason."""
+def problems(index: Index, name: str, fingerprint: str) -> dict[int, str]:
+    """Numbers of the shards for whose rows a column was not computed, each with the reason."""
     folder = column_folder(index.folder, name, fingerprint)
-    for entry in index.shards:
-        if problem := _problem(entry, folder / entry.file):
-            yield f"{entry.shard}: {problem}"
+    found = ((number, _problem(entry, folder / entry.file)) for number, entry in enumerate(index.shards))
+    return {number: problem for number, problem in found if problem is not None}
 
 
 class ColumnReader:

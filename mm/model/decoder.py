@@ -7,7 +7,8 @@ tokens ─embed─▶ (T, D) ─▶ [norm ─ attention ─ + ─ norm ─ feed-
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -321,6 +322,15 @@ class Decoder(nn.Module):
         for block in self.layers:
             hidden = block(hidden, stream)
         return self.norm(hidden, stream)
+
+    @contextmanager
+    def routed(self, routing: Routing) -> Iterator[None]:
+        """While this lasts, tokens come to experts and layers in this way."""
+        before, self.routing = self.routing, routing
+        try:
+            yield
+        finally:
+            self.routing = before
 
     @property
     def _routing(self) -> Routing:

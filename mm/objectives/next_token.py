@@ -8,6 +8,7 @@ divided by the same denominator.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,8 @@ from mm.model.trainable import Trainable
 from mm.objectives.base import Objective
 from mm.packing.batch import IGNORE, Batch
 from mm.sample import Modality
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,12 @@ class NextToken(Objective):
             raise RecipeError(
                 "objective: next_token predicts tokens and the recipe trains an autoencoder; say\n"
                 "  objective: {_target_: mm.objectives.reconstruction.Reconstruction}"
+            )
+        config = model.decoder.config
+        if config.couples and not config.is_causal:
+            logger.warning(
+                "experts or layers choose among all tokens of a pack, later ones too, also in validation: its loss is "
+                "not what a causal model would have. Auxiliary routers measure that (mm.objectives.routers)"
             )
 
     def losses(self, sources: Sequence[str]) -> list[str]:
