@@ -28,6 +28,7 @@ COLOURS = {"red": (223, 32, 32), "green": (32, 223, 32), "blue": (32, 32, 223), 
 CAPTIONS = [f"{above} over {below}" for above, below in product(COLOURS, COLOURS)]
 SIZE = ImageFacts(width=3 * PATCH, height=2 * PATCH)
 TOKENIZER = PatchColours()
+TOKENIZERS = {Modality.IMAGE: TOKENIZER}
 OPTIONS = ModelOptions(
     DecoderOptions(
         config=DECODER
@@ -90,7 +91,7 @@ def taught(processor: Processor) -> MultimodalLM:
 
 
 def test_it_draws_what_it_is_told(taught: MultimodalLM, processor: Processor) -> None:
-    drawn = generate_images(taught, processor, TOKENIZER, CAPTIONS, sampling=Sampling(), size=SIZE)
+    drawn = generate_images(taught, processor, TOKENIZERS, CAPTIONS, sampling=Sampling(), size=SIZE)
     wrong = [
         caption for caption, picture in zip(CAPTIONS, drawn, strict=True) if not torch.equal(picture, pixels(caption))
     ]
@@ -98,12 +99,12 @@ def test_it_draws_what_it_is_told(taught: MultimodalLM, processor: Processor) ->
 
 
 def test_it_says_what_it_sees(taught: MultimodalLM, processor: Processor) -> None:
-    answerer = ModelAnswerer(taught, processor, {Modality.IMAGE: TOKENIZER})
+    answerer = ModelAnswerer(taught, processor, TOKENIZERS)
     assert answerer.generate([Prompt(png(caption), "") for caption in CAPTIONS], 20) == CAPTIONS
 
 
 def test_the_caption_of_a_picture_is_the_likeliest(taught: MultimodalLM, processor: Processor) -> None:
-    answerer = ModelAnswerer(taught, processor, {Modality.IMAGE: TOKENIZER})
+    answerer = ModelAnswerer(taught, processor, TOKENIZERS)
     questions = [ScoredQuestion(png(caption), "", tuple(CAPTIONS)) for caption in CAPTIONS]
     scores = [[score.logprob for score in row] for row in answerer.score(questions)]
     assert [max(range(16), key=row.__getitem__) for row in scores] == list(range(16))
@@ -114,13 +115,13 @@ def test_guidance_of_zero_ignores_the_words_and_draws_a_picture_all_the_same(
 ) -> None:
     known = [pixels(caption) for caption in CAPTIONS]
     for guidance, asked_for in ((0.0, range(6)), (1.0, range(14, 17)), (2.0, range(14, 17))):
-        drawn = generate_images(taught, processor, TOKENIZER, CAPTIONS, guidance=guidance, size=SIZE)
+        drawn = generate_images(taught, processor, TOKENIZERS, CAPTIONS, guidance=guidance, size=SIZE)
         assert sum(map(torch.equal, drawn, known)) in asked_for
         assert sum(any(torch.equal(picture, one) for one in known) for picture in drawn) > 12
 
 
 def test_without_words_pictures_differ_and_are_some_that_it_knows(taught: MultimodalLM, processor: Processor) -> None:
-    drawn = generate_images(taught, processor, TOKENIZER, [""] * 20, size=SIZE)
+    drawn = generate_images(taught, processor, TOKENIZERS, [""] * 20, size=SIZE)
     known = [pixels(caption) for caption in CAPTIONS]
     assert sum(any(torch.equal(picture, one) for one in known) for picture in drawn) > 14
     assert len({picture.numpy().tobytes() for picture in drawn}) > 5
@@ -138,7 +139,7 @@ def test_a_prompt_is_the_beginning_of_a_document_of_training(processor: Processo
 def test_a_model_that_reads_pictures_through_an_encoder_cannot_draw(tokenizer: TextTokenizer) -> None:
     model = tiny_model(["image"])
     with pytest.raises(RecipeError, match=r"no image tokenizer \(model.tokenizers.image\)"):
-        generate_images(model, Processor(tokenizer, model.entrances), TOKENIZER, ["a"])
+        generate_images(model, Processor(tokenizer, model.entrances), {}, ["a"])
 
 
 def test_an_answerer_without_the_tokenizer_of_its_model_is_refused(taught: MultimodalLM, processor: Processor) -> None:

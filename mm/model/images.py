@@ -7,7 +7,7 @@ words ─as in training─▶ … words begin ─generate, guided─▶ code × 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from mm.tokenizers.base import MediaTokenizer
 def generate_images(
     model: MultimodalLM,
     processor: Processor,
-    tokenizer: MediaTokenizer,
+    tokenizers: Mapping[Modality, MediaTokenizer],
     prompts: Sequence[str],
     *,
     guidance: float = 1.0,
@@ -39,7 +39,7 @@ def generate_images(
     Args:
         model: with a causal decoder that reads pictures as codes.
         processor: of the model's recipe.
-        tokenizer: of the model's recipe, with its weights, where the model is.
+        tokenizers: of the model's recipe, with their weights, where the model is; see `build_tokenizers`.
         prompts: an empty one gives a picture without a caption.
         guidance: see `mm.model.generate.Guidance`; what is left out of the unconditional document are the words.
         sampling: how codes are taken; drawn at temperature 1 if not given.
@@ -55,6 +55,7 @@ def generate_images(
             "through an encoder are read only; docs/early-fusion.md has recipes for codes"
         )
     sampling = sampling or Sampling(temperature=1.0)
+    tokenizer = tokenizers[Modality.IMAGE]
     grid = tokenizer.transform.grid(size)
     codes = _codes(model, processor, prompts, math.prod(grid), guidance, sampling)
     if not codes:
