@@ -25,7 +25,7 @@ from mm.layers.layout import WHOLE, Share
 from mm.packing.batch import IGNORE, Batch, Media
 from mm.sample import Codes, MediaPart, Modality, Sample
 from mm.tokenizers.text import Piece, TextTokenizer
-from mm.tokenizers.vocabulary import Codebook
+from mm.tokenizers.vocabulary import Codebook, Vocabulary
 
 Owner = tuple[int, int, int]
 """(source, shard, row in it) of a document; -1 for padding."""
@@ -194,6 +194,11 @@ class Processor:
     def spellings(self) -> dict[Modality, Spelling]:
         """The modalities that enter as codes."""
         return {modality: way for modality, way in self.entrances.items() if isinstance(way, Spelling)}
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Of words and codes."""
+        return Vocabulary(self.text.vocabulary, {modality: way.codebook for modality, way in self.spellings.items()})
 
     def entrance(self, modality: Modality) -> WayIn:
         """The way in of a modality.

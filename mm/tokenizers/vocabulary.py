@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from mm.configure import RecipeError
 from mm.sample import Modality
@@ -67,6 +69,13 @@ class Vocabulary:
     def size(self) -> int:
         """Number of ids."""
         return self.text + sum(2 + codebook.size for codebook in self.codebooks.values())
+
+    def modality_of(self, tokens: Tensor) -> Tensor:
+        """(T,) int8: codes are of their modality; words, and the ends of items, are text."""
+        modality = torch.zeros(tokens.shape, dtype=torch.int8, device=tokens.device)
+        for kind, codebook in self.codebooks.items():
+            modality[(tokens >= codebook.first) & (tokens < codebook.first + codebook.size)] = int(kind)
+        return modality
 
     def check_fits(self, decoder: int) -> None:
         """Raises `RecipeError` unless a decoder's vocabulary holds all ids."""
