@@ -292,11 +292,21 @@ def consolidate_checkpoint(path: Checkpoint, out: ExportFolder) -> None:
 
 
 @app.command()
-def report(run: Run, out: Annotated[Path, typer.Argument(help="the page to write")] = Path("report.html")) -> None:
-    """Write a page with a run's loss curves, throughput, where time and memory go, recipe and versions."""
-    from mm.report.run import report_of_run
+def report(
+    run: Run,
+    out: Annotated[Path, typer.Argument(help="the page to write")] = Path("report.html"),
+    samples: Annotated[
+        int, typer.Option(help="held-out pictures that the model describes, and whose captions it draws")
+    ] = 0,
+) -> None:
+    """Write a page with a run's loss curves, throughput, where time and memory go, recipe and versions.
 
-    out.write_text(report_of_run(run), encoding="utf-8")
+    Samples are for runs that read pictures as codes.
+    """
+    from mm.report.run import report_of_run
+    from mm.report.samples import samples_of_run
+
+    out.write_text(report_of_run(run, samples_of_run(run, samples) if samples else ()), encoding="utf-8")
     console.print(f"{out} reports {run}")
 
 
@@ -316,13 +326,14 @@ def evaluate(
     from mm.evaluate import Options, read_suite
     from mm.evaluate import evaluate as run_suite
     from mm.evaluate.model import ModelAnswerer
+    from mm.model.multimodal import build_tokenizers
     from mm.train.export import load_trained
     from mm.train.versions import versions
 
     trained = load_trained(run)
     options = Options(generation_questions=generate, about={"checkpoint": str(run), **versions()})
     with Progress(console=console) as progress:
-        answerer = ModelAnswerer(trained.model, trained.processor)
+        answerer = ModelAnswerer(trained.model, trained.processor, build_tokenizers(trained.recipe.model))
         results = run_suite(read_suite(suite), answerer, options, progress)
     for table in results.tables():
         console.print(table)
@@ -334,20 +345,51 @@ def evaluate(
 @app.command()
 def generate(
     run: Run,
-    prompt: Annotated[str, typer.Option(help="what to ask; without it the picture is described")] = "",
+    prompt: Annotated[str, typer.Option(help="what to ask or to draw; without it the picture is described")] = "",
     image: Annotated[Path | None, typer.Option(help="a picture file")] = None,
     max_tokens: Annotated[int, typer.Option(help="length of the answer at most")] = 64,
+    pictures: Annotated[int, typer.Option(help="draw so many pictures of the prompt, where pictures are codes")] = 0,
+    out: Annotated[Path, typer.Option(help="folder for the pictures and a sheet of them")] = Path("pictures"),
+    guidance: Annotated[float, typer.Option(help="how closely pictures follow the prompt; 1 is as in training")] = 3.0,
+    temperature: Annotated[float, typer.Option(help="of the codes; 0 takes the most probable ones")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(help="draw from so many of the most probable codes")] = None,
+    top_p: Annotated[float, typer.Option(help="draw from the most probable codes up to this sum")] = 1.0,
+    seed: Annotated[int, typer.Option(help="of the draws")] = 0,
+    size: Annotated[int, typer.Option(help="pixels a side, where the tokenizer takes several sizes")] = 256,
 ) -> None:
-    """Answer a question about a picture."""
+    """Answer a question about a picture, describe it, or draw pictures of a prompt."""
     from mm.evaluate.answerer import Prompt
     from mm.evaluate.model import ModelAnswerer
+    from mm.model.multimodal import build_tokenizers
+    from mm.model.sampling import Sampling
+    from mm.report.pictures import save_pictures
     from mm.train.export import load_trained
 
-    if image is None and not prompt:
-        raise RecipeError("give --prompt, --image or both")
+    if image is None and not prompt and not pictures:
+        raise RecipeError("give --prompt, --image or both; or --pictures, to draw")
+    if image is not None and pictures:
+        raise RecipeError("pictures are drawn from words alone: give --image or --pictures")
     trained = load_trained(run)
-    question = Prompt(image.read_bytes() if image else None, prompt)
-    console.print(ModelAnswerer(trained.model, trained.processor).generate([question], max_tokens)[0], markup=False)
+    tokenizers = build_tokenizers(trained.recipe.model)
+    if not pictures:
+        question = Prompt(image.read_bytes() if image else None, prompt)
+        answerer = ModelAnswerer(trained.model, trained.processor, tokenizers)
+        console.print(answerer.generate([question], max_tokens)[0], markup=False)
+        return
+    from mm.media import ImageFacts
+    from mm.model.images import generate_images
+
+    drawn = generate_images(
+        trained.model,
+        trained.processor,
+        tokenizers,
+        [prompt] * pictures,
+        guidance=guidance,
+        sampling=Sampling(temperature, top_k, top_p, seed),
+        size=ImageFacts(size, size),
+    )
+    save_pictures([picture.numpy() for picture in drawn], out)
+    console.print(f"{out} holds {pictures} pictures and sheet.png", soft_wrap=True)
 
 
 # --------------------------------------------------------------------------------------------------------------- data

@@ -82,13 +82,17 @@ class Layout:
 
     @classmethod
     def of(
-        cls, lengths: Sequence[int], device: torch.device | str = "cpu", branches: Sequence[int] | None = None
+        cls,
+        lengths: Sequence[int],
+        device: torch.device | str = "cpu",
+        branches: Sequence[int] | None = None,
+        groups: Tensor | None = None,
     ) -> Self:
         """The layout of n documents with these lengths, one after another."""
         offsets = torch.zeros(len(lengths) + 1, dtype=torch.int32)
         offsets[1:] = torch.tensor(lengths, dtype=torch.int32).cumsum(0)
         marks = None if branches is None else torch.tensor(branches, dtype=torch.int32)
-        return cls(offsets, torch.device(device), marks)
+        return cls(offsets, torch.device(device), marks, groups=groups)
 
     def derive(self, key: Hashable, build: Callable[[], Derived]) -> Derived:
         """``build()``, computed once for this layout and key: masks and indices that every layer shares."""

@@ -235,17 +235,28 @@ class Block(nn.Module):
         return hidden
 
 
+class NotCausal(ValueError):
+    """A decoder is to go on token by token, and its output for a token depends on later ones."""
+
+    def __init__(self, remedy: str) -> None:
+        super().__init__(
+            "generating and scoring need a causal decoder, and the experts or layers of this one choose among all "
+            f"tokens of a pack, later ones too; {remedy}"
+        )
+
+
 class Decoder(nn.Module):
     """Embedding, blocks, final norm and output head. It does not know where embeddings come from.
 
     On the meta device it is built without memory; ``to_empty`` and `reset_parameters`, or a checkpoint, fill it.
     `attention_backend` may be set to a name in `mm.layers.attention.BACKENDS`, `context` to the devices that share each
-    stream, and `routing` to how tokens come to experts: as in training while training, and else by auxiliary routers
-    where there are some, if it is None.
+    stream, `routing` to how tokens come to experts: as in training while training, and else by auxiliary routers where
+    there are some, if it is None; and `draws` to whether noise and dropout are drawn while training.
     """
 
     context: Context | None = None
     routing: Routing | None = None
+    draws: bool = True
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -295,23 +306,18 @@ class Decoder(nn.Module):
             reports: gets what layers have to say beside.
 
         Raises:
-            ValueError: a cache, which brings tokens one after another, where layers choose among them.
+            NotCausal: a cache, which brings tokens one after another, where layers choose among them.
         """
-        config = self.config
-        routing = self.routing or ("choice" if self.training else "auxiliary")
-        if cache is not None and config.couples and not (config.is_causal and routing == "auxiliary"):
-            raise ValueError(
-                "generating needs a causal decoder, and the experts or layers of this one choose among all tokens of a "
-                "pack, later ones too; train auxiliary routers for it (train/moma-routers.yaml)"
-            )
+        if cache is not None:
+            self.check_causal()
         stream = Stream(
-            rotation=rotation(config.rope, positions, config.head_dim, hidden.dtype),
+            rotation=rotation(self.config.rope, positions, self.config.head_dim, hidden.dtype),
             layout=layout,
             backend=self.attention_backend,
             cache=cache,
             context=self.context,
-            routing=routing,
-            draws=self.training,
+            routing=self._routing,
+            draws=self.training and self.draws,
             reports=reports if reports is not None else Reports(),
         )
         for block in self.layers:
@@ -326,6 +332,19 @@ class Decoder(nn.Module):
             yield
         finally:
             self.routing = before
+
+    @property
+    def _routing(self) -> Routing:
+        return self.routing or ("choice" if self.training else "auxiliary")
+
+    def check_causal(self) -> None:
+        """Raises `NotCausal` where, as tokens now come to experts and layers, they are chosen among later ones too."""
+        if not self.config.couples:
+            return
+        if not self.config.is_causal:
+            raise NotCausal("train auxiliary routers for it (train/moma-routers.yaml)")
+        if self._routing != "auxiliary":
+            raise NotCausal("its auxiliary routers can stand in: call eval(), or set `routing` to auxiliary")
 
     @property
     def head_weight(self) -> Tensor:

@@ -2,15 +2,16 @@
 
 prompts (P_i, D) ──one stream──▶ prefill ─▶ cache ─▶ one token of every live sequence a step ─▶ ids
 trunks (P_i, D) + options ──branches of one stream──▶ hidden where an option's tokens are predicted ─▶ log-probabilities
+
+Both need a decoder whose output for a token does not depend on later ones (`Decoder.check_causal`).
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -18,16 +19,64 @@ from torch import Tensor
 from mm.layers.attention import attend, attend_cache
 from mm.layers.layout import Layout
 from mm.model.decoder import Decoder
+from mm.model.grammar import Grammar
+from mm.model.multimodal import MultimodalLM
+from mm.model.sampling import Sampling
+from mm.packing.batch import Batch
+from mm.tokenizers.vocabulary import Vocabulary
 
 ROWS = 256
 """Positions whose logits exist at once while scoring."""
 
 
+@dataclass(frozen=True)
+class Passage:
+    """Tokens as a decoder reads them.
+
+    embeddings: (P, D), where the decoder is; in media slots what an encoder saw
+    tokens: (P,) int64 ids on the CPU; the pad token in media slots
+    modality: (P,) int8 on the CPU
+    """
+
+    embeddings: Tensor
+    tokens: Tensor
+    modality: Tensor
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @classmethod
+    def of(cls, decoder: Decoder, vocabulary: Vocabulary, ids: Sequence[int]) -> Self:
+        """Words and codes."""
+        tokens = torch.tensor(ids, dtype=torch.int64)
+        return cls(decoder.embed(tokens.to(decoder.head_weight.device)), tokens, vocabulary.modality_of(tokens))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Passage]) -> Self:
+        """One behind the other."""
+        columns = zip(*((part.embeddings, part.tokens, part.modality) for part in parts), strict=True)
+        return cls(*map(torch.cat, columns))
+
+    def layout(self, decoder: Decoder, lengths: Sequence[int], branches: Sequence[int] | None = None) -> Layout:
+        """Of these tokens as documents of these lengths."""
+        experts = decoder.config.experts
+        groups = None if experts is None else experts.group_of(self.tokens, self.modality)
+        return Layout.of(lengths, decoder.head_weight.device, branches, groups)
+
+
+def passages(model: MultimodalLM, batch: Batch) -> list[Passage]:
+    """The documents of a batch."""
+    lengths = batch.offsets.diff().tolist()
+    columns = (model.embed(batch), batch.tokens.cpu(), batch.modality)
+    return [Passage(*parts) for parts in zip(*(column.split(lengths) for column in columns), strict=True)]
+
+
 class KeyValueCache:
     """Keys and values of B sequences, in memory reserved once, for a decoder's `cache`.
 
-    The first pass through the decoder brings all prompts as documents of one stream; every later pass brings one token
-    of each sequence. After a pass, `advance` counts what it brought.
+    The first pass through the decoder brings the beginnings of all sequences as documents of one stream; every later
+    pass brings one token of each. A layer that leaves tokens out brings fewer, so each layer counts its own. After a
+    pass, `advance` counts the tokens that were read.
     """
 
     def __init__(self, decoder: Decoder, sequences: int, capacity: int) -> None:
@@ -36,117 +85,142 @@ class KeyValueCache:
         # Zeros, not garbage: a masked value still takes part in a product, and 0 · NaN is NaN.
         self.keys = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
         self.values = torch.zeros_like(self.keys)
-        self.lengths = torch.zeros(sequences, dtype=torch.int64, device=weight.device)
-        self.longest = 0  # in Python: asking the device would wait for it every step
+        self.read = torch.zeros(sequences, dtype=torch.int64, device=weight.device)
+        self.lengths = torch.zeros(config.layers, sequences, dtype=torch.int64, device=weight.device)
+        self.longest = [0] * config.layers  # at most, in Python: asking the device would wait for it every step
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
         """(T, H, d) attention of the tokens of a pass, whose keys and values are kept."""
         sequences = layout.document_of_token
-        places = self.lengths[sequences] + layout.positions
+        places = self.lengths[layer, sequences] + layout.positions
         self.keys[layer][sequences, :, places] = k
         self.values[layer][sequences, :, places] = v
-        if not self.longest:
+        self.lengths[layer] += layout.offsets_on_device.diff()
+        begins = not self.longest[layer]
+        self.longest[layer] += layout.longest
+        if begins or not layout.tokens:
             return attend(q, k, v, layout)
-        seen = self.longest + 1
-        return attend_cache(q, self.keys[layer, :, :, :seen], self.values[layer, :, :, :seen], self.lengths + 1)
+        whole = layout.tokens == self.lengths.shape[1]
+        seen = (layer, slice(None) if whole else sequences, slice(None), slice(self.longest[layer]))
+        return attend_cache(q, self.keys[seen], self.values[seen], self.lengths[layer, sequences])
+
+    def positions(self, layout: Layout) -> Tensor:
+        """(T,) int64 positions of the tokens of the next pass in their documents."""
+        return self.read[layout.document_of_token] + layout.positions
 
     def advance(self, layout: Layout) -> None:
         """Count the tokens of a finished pass."""
-        self.lengths = self.lengths + layout.offsets_on_device.diff()
-        self.longest += layout.longest
+        self.read = self.read + layout.offsets_on_device.diff()
 
     def keep(self, sequences: Sequence[int]) -> None:
         """Forget all sequences but these."""
-        chosen = torch.tensor(sequences, device=self.lengths.device)
+        chosen = torch.tensor(sequences, device=self.read.device)
         self.keys, self.values = self.keys[:, chosen], self.values[:, chosen]
-        self.lengths = self.lengths[chosen]
+        self.read, self.lengths = self.read[chosen], self.lengths[:, chosen]
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance of codes: they are taken by logits u + s · (c − u) (Ho and Salimans 2022, eq. 6).
+
+    c are the logits behind a prompt and u those behind another beginning of the same item, which both read along.
+
+    unconditional: for every prompt, the same without what is to be followed
+    scale: s, in the paper 1 + w. 0 ignores the prompt, 1 is without guidance
+    """
+
+    unconditional: Sequence[Passage]
+    scale: float
+
+    def apply(self, logits: Tensor, guided: Sequence[bool]) -> Tensor:
+        """(B, V) of (2B, V), the unconditional ones last; rows that are not guided are those of the prompt."""
+        prompted, free = logits.chunk(2)
+        rows = torch.tensor(guided, device=logits.device)[:, None]
+        return torch.where(rows, free + self.scale * (prompted - free), prompted)
 
 
 @torch.no_grad()
 def generate(
     decoder: Decoder,
-    prompts: Sequence[Tensor],
+    grammar: Grammar,
+    prompts: Sequence[Passage],
     max_tokens: int,
     stop: Collection[int] = (),
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
+    sampling: Sampling | None = None,
+    guidance: Guidance | None = None,
 ) -> list[list[int]]:
     """Tokens that continue each prompt.
 
     A sequence's tokens do not depend on the others: greedy ones up to floating-point ties, drawn ones because each
-    sequence has a random stream of its own, a function of the seed and its number.
+    sequence has a random stream of its own.
 
     Args:
         decoder: weights in one process.
-        prompts: B tensors (P_i, D) of embeddings, P_i > 0.
+        grammar: what may follow.
+        prompts: B beginnings of documents, none empty.
         max_tokens: most tokens to generate for one prompt.
         stop: ids that end a sequence; they are not part of the result.
-        temperature: divides the logits before drawing; 0 takes the most probable token.
-        top_p: draw from the fewest tokens whose probabilities sum to at least this (Holtzman et al. 2020, section 3.1).
-        seed: of the draws.
+        sampling: how tokens are taken; the most probable ones if not given.
 
     Raises:
         ValueError: an empty prompt; it leaves nothing to predict from.
+        NotCausal: the decoder cannot go token by token.
     """
-    lengths = [len(prompt) for prompt in prompts]
-    _refuse_empty(lengths, "prompt")
+    _refuse_empty([len(prompt) for prompt in prompts], "prompt")
     produced: list[list[int]] = [[] for _ in prompts]
     if not prompts or max_tokens <= 0:
         return produced
-    draw = _Greedy() if temperature == 0 else _Nucleus(temperature, top_p, seed, len(prompts))
-    cache = KeyValueCache(decoder, len(prompts), max(lengths) + max_tokens)
+    draw = (sampling or Sampling()).start(len(prompts))
+    allowed = grammar.allowed(decoder.config.vocabulary).to(decoder.head_weight.device)
+    cursors = [grammar.cursor(prompt.tokens.tolist()) for prompt in prompts]
+    streams = [*prompts, *(guidance.unconditional if guidance else ())]
+    reader = _Reader(decoder, streams, max_tokens)
     live = list(range(len(prompts)))
-    hidden, layout = torch.cat(list(prompts)), Layout.of(lengths, decoder.head_weight.device)
+    logits = reader.read(Passage.joined(streams), [len(stream) for stream in streams])
     while True:
-        positions = cache.lengths[layout.document_of_token] + layout.positions
-        last = decoder(hidden, positions, layout, cache)[layout.offsets_on_device[1:] - 1]
-        cache.advance(layout)
-        tokens = draw(last @ decoder.head_weight.T, live)
+        states = [cursors[sequence] for sequence in live]
+        if guidance:
+            logits = guidance.apply(logits, [state.in_item for state in states])
+        possible = allowed[[state.state for state in states]]
+        tokens = draw(logits.masked_fill(~possible, float("-inf")), live)
         going = []
         for row, (sequence, token) in enumerate(zip(live, tokens, strict=True)):
             if token not in stop:
                 produced[sequence].append(token)
+                cursors[sequence].read(token)
                 if len(produced[sequence]) < max_tokens:
                     going.append(row)
         if not going:
             return produced
+        rows = [*going, *(len(live) + row for row in going)] if guidance else going
         if len(going) < len(live):
-            cache.keep(going)
-            live = [live[row] for row in going]
-        hidden = decoder.embed(torch.tensor([tokens[row] for row in going], device=layout.device))
-        layout = Layout.of([1] * len(going), layout.device)
+            reader.keep(rows)
+        step = [tokens[row % len(live)] for row in rows]
+        live = [live[row] for row in going]
+        logits = reader.read(Passage.of(decoder, grammar.vocabulary, step), [1] * len(step))
 
 
-class _Greedy:
-    def __call__(self, logits: Tensor, sequences: Sequence[int]) -> list[int]:
-        """The most probable token of each row of (B, V)."""
-        return logits.argmax(-1).tolist()
+class _Reader:
+    """A decoder that reads sequences further and further."""
 
+    def __init__(self, decoder: Decoder, beginnings: Sequence[Passage], more: int) -> None:
+        """
+        Args:
+            more: how many tokens will be read behind each beginning at most.
+        """
+        self.decoder = decoder
+        self.cache = KeyValueCache(decoder, len(beginnings), max(map(len, beginnings)) + more)
 
-class _Nucleus:
-    """Draws from the most probable tokens, with one random stream a sequence."""
+    def read(self, passage: Passage, lengths: Sequence[int]) -> Tensor:
+        """(B, V) logits of what follows, after so many further tokens of each sequence."""
+        layout = passage.layout(self.decoder, lengths)
+        hidden = self.decoder(passage.embeddings, self.cache.positions(layout), layout, self.cache)
+        self.cache.advance(layout)
+        return hidden[layout.offsets_on_device[1:] - 1] @ self.decoder.head_weight.T
 
-    def __init__(self, temperature: float, top_p: float, seed: int, sequences: int) -> None:
-        self.temperature, self.top_p = temperature, top_p
-        self.generators = [torch.Generator().manual_seed(_hash(seed, number)) for number in range(sequences)]
-
-    def __call__(self, logits: Tensor, sequences: Sequence[int]) -> list[int]:
-        """One token for each row of (B, V); row i belongs to ``sequences[i]``."""
-        probabilities, tokens = (logits.float().cpu() / self.temperature).softmax(-1).sort(descending=True)
-        before = probabilities.cumsum(-1) - probabilities
-        probabilities = probabilities.masked_fill(before >= self.top_p, 0.0)
-        probabilities[:, 0].clamp_(min=torch.finfo(torch.float32).tiny)  # top_p = 0 leaves the most probable one
-        drawn = [
-            torch.multinomial(row, 1, generator=self.generators[sequence])
-            for row, sequence in zip(probabilities, sequences, strict=True)
-        ]
-        return tokens.gather(1, torch.stack(drawn)).squeeze(1).tolist()
-
-
-def _hash(seed: int, number: int) -> int:
-    """A seed for one of many streams; a hash, so that neighbouring seeds do not share streams."""
-    return int.from_bytes(hashlib.blake2b(f"{seed},{number}".encode(), digest_size=8).digest(), "little", signed=True)
+    def keep(self, sequences: Sequence[int]) -> None:
+        """Forget all sequences but these."""
+        self.cache.keep(sequences)
 
 
 class Scored(NamedTuple):
@@ -159,7 +233,8 @@ class Scored(NamedTuple):
 @torch.no_grad()
 def score_continuations(
     decoder: Decoder,
-    trunks: Sequence[Tensor],
+    vocabulary: Vocabulary,
+    trunks: Sequence[Passage],
     options: Sequence[Sequence[Sequence[int]]],
     tokens_per_pass: int = 4096,
 ) -> list[list[Scored]]:
@@ -170,19 +245,22 @@ def score_continuations(
 
     Args:
         decoder: weights in one process.
-        trunks: N tensors (P_i, D) of embeddings, P_i > 0.
+        vocabulary: of words and codes.
+        trunks: N beginnings of documents, none empty.
         options: for every trunk, the token ids of each of its continuations, none empty.
         tokens_per_pass: bound on T; a trunk with more options than fit is computed again for the rest. One trunk with
             one option may exceed it.
 
     Raises:
         ValueError: an empty trunk or option.
+        NotCausal: what the decoder makes of an option depends on the others.
     """
+    decoder.check_causal()
     _refuse_empty([len(trunk) for trunk in trunks], "trunk")
     _refuse_empty([len(option) for group in options for option in group], "option")
     scores: list[list[Scored]] = [[] for _ in trunks]
     for documents in _passes(trunks, options, tokens_per_pass):
-        sums = iter(_score_pass(decoder, documents))
+        sums = iter(_score_pass(decoder, vocabulary, documents))
         for document in documents:
             scores[document.number] += [Scored(next(sums), len(option)) for option in document.options]
     return scores
@@ -196,7 +274,7 @@ class _Document:
     """
 
     number: int
-    trunk: Tensor
+    trunk: Passage
     options: list[Sequence[int]] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -230,7 +308,7 @@ class _Document:
 
 
 def _passes(
-    trunks: Sequence[Tensor], options: Sequence[Sequence[Sequence[int]]], tokens_per_pass: int
+    trunks: Sequence[Passage], options: Sequence[Sequence[Sequence[int]]], tokens_per_pass: int
 ) -> Iterator[list[_Document]]:
     """The documents of each pass, as many as fit, in order."""
     documents: list[_Document] = []
@@ -250,19 +328,18 @@ def _passes(
         yield documents
 
 
-def _score_pass(decoder: Decoder, documents: Sequence[_Document]) -> list[float]:
+def _score_pass(decoder: Decoder, vocabulary: Vocabulary, documents: Sequence[_Document]) -> list[float]:
     """Log-probability of every option of the documents, in order."""
     device = decoder.head_weight.device
     lengths = [len(document) for document in documents]
     branches = [branch for document in documents for branch in document.branches]
     positions = torch.tensor([position for document in documents for position in document.positions], device=device)
-    embeddings = [
-        part
-        for document in documents
-        for part in (document.trunk, decoder.embed(torch.tensor(document.tokens, dtype=torch.int64, device=device)))
-    ]
-    layout = Layout.of(lengths, device, branches if any(branches) else None)  # causal attention alone is faster
-    hidden = decoder(torch.cat(embeddings), positions, layout)
+    passage = Passage.joined(
+        [part for document in documents for part in (document.trunk, Passage.of(decoder, vocabulary, document.tokens))]
+    )
+    # Causal attention alone is faster than branches.
+    layout = passage.layout(decoder, lengths, branches if any(branches) else None)
+    hidden = decoder(passage.embeddings, positions, layout)
 
     starts = [0, *accumulate(lengths[:-1])]
     predictors = [

@@ -288,9 +288,7 @@ def build_processor(options: ModelOptions, model: Trainable, text: TextTokenizer
         RecipeError: a tokenizer of another modality, or a decoder whose vocabulary does not hold all ids.
     """
     with torch.device("meta"):
-        tokenizers = {
-            _modality("tokenizers", name): _build_tokenizer(name, spec) for name, spec in options.tokenizers.items()
-        }
+        tokenizers = build_tokenizers(options)
     vocabulary = Vocabulary.of(text.vocabulary, {modality: one.codes for modality, one in tokenizers.items()})
     if isinstance(model, MultimodalLM):
         vocabulary.check_fits(model.decoder.config.vocabulary)
@@ -299,6 +297,17 @@ def build_processor(options: ModelOptions, model: Trainable, text: TextTokenizer
         for modality, one in tokenizers.items()
     }
     return Processor(text, {**model.entrances, **spellings})
+
+
+def build_tokenizers(options: ModelOptions) -> dict[Modality, MediaTokenizer]:
+    """The tokenizers of a recipe, by modality; with their weights, but on the meta device.
+
+    Raises:
+        RecipeError: one is of another modality than the recipe says.
+    """
+    return {
+        _modality("tokenizers", name): _build_tokenizer(name, spec).eval() for name, spec in options.tokenizers.items()
+    }
 
 
 def _modality(kind: str, name: str) -> Modality:

@@ -1,10 +1,12 @@
-"""Small pictures of media as data URLs: a thumbnail, a waveform, a point cloud seen from the side."""
+"""Small pictures of media as data URLs: a thumbnail, a waveform, a point cloud from the side; sheets of pictures."""
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image as PillowImage
@@ -17,6 +19,7 @@ from mm.sample import Image, MediaPart, Modality
 THUMBNAIL = 128  # pixels of the longer side
 WAVE = (176, 56)  # pixels
 CLOUD = 96  # pixels of a side
+GAP = 4  # pixels between the pictures of a sheet
 MOST_POINTS = 4096
 SPARSE = 1000  # points; up to so many are drawn larger
 INK = {Modality.SPEECH: (22, 122, 112), Modality.POINT: (112, 72, 178)}
@@ -40,6 +43,33 @@ def thumbnail(data: bytes, size: int = THUMBNAIL) -> str:
     picture = media.decode(Image(data))
     assert isinstance(picture, PillowImage.Image)
     return _thumbnail(picture, size)
+
+
+def exact(picture: PillowImage.Image, size: int) -> str:
+    """A PNG data URL of a picture, no side longer than `size` pixels; a small one keeps every pixel."""
+    small = picture.copy()
+    small.thumbnail((size, size), PillowImage.Resampling.LANCZOS)
+    return _data_url(small, "PNG")
+
+
+def contact_sheet(pictures: Sequence[PillowImage.Image]) -> PillowImage.Image:
+    """Pictures side by side on white, row by row, in as many columns as rows if possible."""
+    columns = math.ceil(math.sqrt(len(pictures)))
+    width, height = (max(picture.size[axis] for picture in pictures) + GAP for axis in (0, 1))
+    rows = math.ceil(len(pictures) / columns)
+    sheet = PillowImage.new("RGB", (columns * width + GAP, rows * height + GAP), "white")
+    for number, picture in enumerate(pictures):
+        sheet.paste(picture, (number % columns * width + GAP, number // columns * height + GAP))
+    return sheet
+
+
+def save_pictures(pictures: Sequence[np.ndarray], folder: Path) -> None:
+    """Write (rows, columns, 3) uint8 pictures as ``000.png``, …, and all of them as ``sheet.png``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    images = [PillowImage.fromarray(pixels) for pixels in pictures]
+    for number, image in enumerate(images):
+        image.save(folder / f"{number:03d}.png")
+    contact_sheet(images).save(folder / "sheet.png")
 
 
 def _thumbnail(picture: PillowImage.Image, size: int = THUMBNAIL) -> str:

@@ -25,6 +25,7 @@ from mm.report.history import History, Stage
 from mm.report.packs import PackView, heaviest
 from mm.report.page import counted, duration, milliseconds, percent, render, short
 from mm.report.pictures import data_url, thumbnail
+from mm.report.samples import GUIDANCE, Drawn
 
 __all__ = ["Stage", "report_of_run", "run_page"]
 
@@ -74,14 +75,18 @@ def run_page(
         samples=_samples(suite, results),
         evaluation=_evaluation(results.summary),
         results=results.summary,
+        drawn=(),
         packs=packs,
         heaviest=heaviest(packs),
         documents=DOCUMENTS,
     )
 
 
-def report_of_run(folder: Path) -> str:
+def report_of_run(folder: Path, drawn: Sequence[Drawn] = ()) -> str:
     """The report of one training run, without any evaluation.
+
+    Args:
+        drawn: what the model makes of held-out pictures and captions, see `mm.report.samples`.
 
     Raises:
         FileNotFoundError: the folder is not one of a training run.
@@ -94,6 +99,8 @@ def report_of_run(folder: Path) -> str:
         told=[_told([history])],
         tiles=[*_fidelity(history), *_effort([history])],
         results=None,
+        drawn=drawn,
+        guidance=GUIDANCE,
         packs=(),
     )
 

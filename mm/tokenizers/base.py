@@ -20,7 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mm import media
 from mm.encoders.base import Grid, Transform
+from mm.sample import Codes, MediaPart
 
 
 class MediaTokenizer(nn.Module, ABC):
@@ -63,6 +65,19 @@ class MediaTokenizer(nn.Module, ABC):
                 f"{sum(lengths)} places and a codebook of {self.codes}"
             )
         return [codes.numpy() for codes in found.split(lengths)]
+
+    def read(self, parts: Sequence[MediaPart]) -> list[Codes]:
+        """The codes of each of N files, in the same roles.
+
+        Raises:
+            BrokenMedia: a file cannot be decoded.
+        """
+        items = [media.decode(part) for part in parts]
+        prepared = [self.transform.prepare(item) for item in items]
+        found = self.codes_of(prepared, [self.transform.grid(media.measure(item)) for item in items])
+        return [
+            Codes(part.modality, tuple(codes.tolist()), part.role) for part, codes in zip(parts, found, strict=True)
+        ]
 
     @abstractmethod
     def decode(self, codes: Tensor, grids: Sequence[Grid]) -> list[Tensor]:

@@ -12,6 +12,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from mm.configure import RecipeError
 from mm.sample import Modality
 
@@ -34,15 +38,15 @@ class Codebook:
         """The ids of the codes."""
         return range(self.first, self.first + self.size)
 
-    def spell(self, codes: Sequence[int]) -> list[int]:
-        """Ids of an item: begin, codes, end.
+    def spell(self, codes: Sequence[int]) -> np.ndarray:
+        """(L + 2,) int64 ids of an item of L codes: begin, codes, end.
 
         Raises:
             ValueError: a code that is not in [0, K). It would mean a word, or a code of another modality.
         """
         if codes and (min(codes) < 0 or max(codes) >= self.size):
             raise ValueError(f"codes from {min(codes)} to {max(codes)}, of a codebook of {self.size}")
-        return [self.begin, *(self.first + code for code in codes), self.end]
+        return np.concatenate([[self.begin], np.array(codes, np.int64) + self.first, [self.end]])
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,13 @@ class Vocabulary:
     def size(self) -> int:
         """Number of ids."""
         return self.text + sum(2 + codebook.size for codebook in self.codebooks.values())
+
+    def modality_of(self, tokens: Tensor) -> Tensor:
+        """(T,) int8: codes are of their modality; words, and the ends of items, are text."""
+        modality = torch.zeros(tokens.shape, dtype=torch.int8, device=tokens.device)
+        for kind, codebook in self.codebooks.items():
+            modality[(tokens >= codebook.first) & (tokens < codebook.first + codebook.size)] = int(kind)
+        return modality
 
     def check_fits(self, decoder: int) -> None:
         """Raises `RecipeError` unless a decoder's vocabulary holds all ids."""
