@@ -132,7 +132,7 @@ def test_a_grid_of_another_tokenizer_is_refused() -> None:
 def test_sizes_that_do_not_divide_are_refused() -> None:
     with pytest.raises(RecipeError, match="18 × 24 pixels does not divide into places of 4 pixels"):
         build(options() | {"size": [18, 24]}, ImageAutoencoder)
-    with pytest.raises(ValueError, match="groups=3 does not divide the 8 channels"):
+    with pytest.raises(RecipeError, match="groups is 3 and does not divide the 8 channels"):
         build(options() | {"groups": 3}, ImageAutoencoder)
 
 
