@@ -107,7 +107,7 @@ def footprint(recipe: Recipe, gpus: int) -> Footprint:
     if recipe.model.decoder.resolve().depth is not None:
         raise RecipeError(
             "mm estimate runs a step without values, and with depth routing these say which tokens a layer is computed "
-            "for. Leave model.decoder.config.depth out: activations are larger without it, so what fits then fits with it"
+            "for. Leave model.decoder.config.depth out: without it activations are larger, so what fits, fits"
         )
     # whether this machine could offload is no matter
     check_parallel(replace(recipe.parallel, offload=False), gpus, recipe.packing.capacity)
