@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from mm.train.memory import Memory, held_bytes, peak_resident
+from mm.configure import RecipeError
+from mm.train.average import AverageOptions
+from mm.train.memory import Memory, check_memory, held_bytes, held_bytes_of, peak_resident
 from mm.train.meter import Meter, Peak
-from mm.train.optim import OptimOptions, Part, build_optimizer, freeze, materialise_state
+from mm.train.optim import Kind, OptimOptions, Part, build_optimizer, freeze, materialise_state
 from tests.small_world import environment, losses, tiny_model, train_here, train_together, write_recipe
 
 CPU = torch.device("cpu")
@@ -94,3 +96,36 @@ def test_each_of_two_processes_holds_half(corpus: dict[str, Path], tokenizer_fol
         one, two = (losses(run, f"memory/{part}")[1] for run in (whole, tmp_path / "two"))
         assert 0.5 <= two / one < 0.55, part  # a dimension that two does not divide leaves one more row on the first
     assert json.loads((whole / "metrics.jsonl").read_text())["memory/peak"] > 0
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("average", [False, True])
+def test_what_is_held_is_known_from_shapes_before_anything_is_built(kind: Kind, average: bool) -> None:
+    options = OptimOptions(
+        kind, average=AverageOptions() if average else None, parts=[Part(r"^encoders\.", freeze=True)]
+    )
+    model, memory = memory_of(options)
+    counters = 4 * sum(parameter.requires_grad for parameter in model.parameters())  # one number a parameter, or less
+    shapes = tiny_model(["image"], meta=True)
+    freeze(shapes, options)
+    assert 0 <= sum(memory.held.values()) - held_bytes_of(shapes, options) <= 2 * counters
+
+
+def test_a_model_that_cannot_fit_is_told_before_its_weights_are_read() -> None:
+    """The model is on the meta device, where weights take no memory."""
+    held = held_bytes_of(tiny_model(meta=True), OptimOptions())
+    check_memory(tiny_model(meta=True), OptimOptions(), shards=1, available=held)
+    check_memory(tiny_model(meta=True), OptimOptions(), shards=4, available=held // 4)
+    with pytest.raises(RecipeError, match=r"GiB in each of 2 processes that share them, and there are 0\.0 GiB"):
+        check_memory(tiny_model(meta=True), OptimOptions(), shards=2, available=held // 4)
+
+
+def test_a_run_too_large_for_the_machine_stops_with_a_sentence_before_anything_is_indexed(
+    recipe: Path, tmp_path: Path
+) -> None:
+    config = "{vocabulary: 259, width: 65536, layers: 99, heads: 2, kv_heads: 1, head_dim: 16, ffn: 65536}"
+    with pytest.raises(RecipeError, match="without counting a single activation"):
+        train_here(
+            recipe, f"run={tmp_path / 'run'}", f"data.index={tmp_path / 'index'}", f"model.decoder.config={config}"
+        )
+    assert not (tmp_path / "index").exists()

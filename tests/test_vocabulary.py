@@ -36,7 +36,7 @@ def test_codebooks_come_in_the_order_of_modalities_however_they_were_named() -> 
 
 
 def test_an_item_is_spelled_as_begin_codes_and_end() -> None:
-    assert Codebook(begin=10, end=11, first=12, size=4).spell([3, 0]) == [10, 15, 12, 11]
+    assert Codebook(begin=10, end=11, first=12, size=4).spell([3, 0]).tolist() == [10, 15, 12, 11]
 
 
 @pytest.mark.parametrize("codes", [[0, 4], [-1]])

@@ -572,8 +572,8 @@ def parse_mapping(spec: Any) -> RecordMapping:
     if isinstance(spec, dict) and "texts" in spec:
         return _parse_page(spec)
     raise MappingError(
-        "sample: expected a list of parts, or a mapping with `parts` and `orders`, with `chat`, or with `texts` and "
-        "`images`"
+        "sample: expected a list of parts, or a mapping with `chat`, with `texts` and `images`, or with `parts` and "
+        "`orders`"
     )
 
 

@@ -34,6 +34,9 @@ pad: the whole picture in its own shape, centred on the encoder's mean colour.
 """
 
 
+Filter = Literal["bicubic", "bilinear", "lanczos"]
+
+
 @dataclass(frozen=True, slots=True)
 class ImageTransform(Transform):
     """Pictures to one fixed size.
@@ -48,7 +51,7 @@ class ImageTransform(Transform):
     size: tuple[int, int]
     features: tuple[int, int]
     resize: Resize = "squash"
-    filter: Literal["bicubic", "bilinear"] = "bicubic"
+    filter: Filter = "bicubic"
     colour: tuple[int, int, int] = (128, 128, 128)
 
     def __post_init__(self) -> None:
@@ -103,7 +106,7 @@ class VisionEncoder(Encoder):
         mean: Sequence[float],
         std: Sequence[float],
         resize: Resize,
-        filter: Literal["bicubic", "bilinear"] = "bicubic",
+        filter: Filter = "bicubic",
     ) -> None:
         super().__init__()
         self.tower = tower

@@ -250,12 +250,13 @@ class Decoder(nn.Module):
 
     On the meta device it is built without memory; ``to_empty`` and `reset_parameters`, or a checkpoint, fill it.
     `attention_backend` may be set to a name in `mm.layers.attention.BACKENDS`, `context` to the devices that share each
-    stream, and `routing` to how tokens come to experts: as in training while training, and else by auxiliary routers
-    where there are some, if it is None.
+    stream, `routing` to how tokens come to experts: as in training while training, and else by auxiliary routers where
+    there are some, if it is None; and `draws` to whether noise and dropout are drawn while training.
     """
 
     context: Context | None = None
     routing: Routing | None = None
+    draws: bool = True
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -316,7 +317,7 @@ class Decoder(nn.Module):
             cache=cache,
             context=self.context,
             routing=self._routing,
-            draws=self.training,
+            draws=self.training and self.draws,
             reports=reports if reports is not None else Reports(),
         )
         for block in self.layers:

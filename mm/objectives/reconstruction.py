@@ -22,8 +22,8 @@ from mm.packing.batch import Batch
 from mm.sample import Modality
 from mm.tokenizers.autoencoder import to_bytes
 
-SHOWN = 12
-"""Pictures that are shown of a validation split."""
+SHOWN, COLUMNS = 12, 1600
+"""Pictures that are shown of a validation split at most, and pixels in a row of them."""
 
 GAP = 2  # pixels between shown pictures
 
@@ -137,7 +137,8 @@ def psnr(target: Tensor, given_back: Tensor) -> Tensor:
 
 def side_by_side(target: Tensor, given_back: Tensor) -> Tensor:
     """(rows, columns, 3) uint8: some pictures in a row, and below each what became of it."""
-    pairs = torch.stack([target[:SHOWN], given_back[:SHOWN]])  # (2, n, H, W, 3)
+    shown = min(SHOWN, max(1, COLUMNS // target.shape[2]))
+    pairs = torch.stack([target[:shown], given_back[:shown]])  # (2, n, H, W, 3)
     padded = F.pad(pairs, (0, 0, 0, GAP, 0, GAP), value=255)
     return padded.permute(0, 2, 1, 3, 4).flatten(2, 3).flatten(0, 1)
 

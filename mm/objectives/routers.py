@@ -40,6 +40,7 @@ class AuxiliaryRouters(Objective):
                 "objective: auxiliary routers imitate experts or layers that choose tokens; the decoder needs "
                 "experts.auxiliary=true where experts choose, and depth.auxiliary=true where it has depth routing"
             )
+        model.decoder.draws = False  # what is to be foreseen is the choice without noise
 
     def losses(self, sources: Sequence[str]) -> list[str]:
         return ["total"]

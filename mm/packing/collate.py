@@ -57,12 +57,20 @@ class CodeRun(NamedTuple):
 
 
 class Laid(NamedTuple):
-    """What a media part becomes: the item and its S tokens, their loss weights as targets, and their modalities."""
+    """S tokens of a document that one piece became, as in `Document`, and the media item that they are, if any."""
 
-    item: Item | CodeRun
-    tokens: list[int]
-    weights: list[float]
-    modality: list[Modality]
+    tokens: np.ndarray
+    weights: np.ndarray
+    modality: np.ndarray
+    item: Item | CodeRun | None = None
+
+    @classmethod
+    def alike(cls, tokens: Sequence[int], weight: float, modality: Modality, item: Item | None = None) -> Laid:
+        """Tokens of one weight and modality."""
+        size = len(tokens)
+        return cls(
+            np.array(tokens, np.int64), np.full(size, weight, np.float32), np.full(size, modality, np.int8), item
+        )
 
 
 class Entrance(NamedTuple):
@@ -89,7 +97,7 @@ class Entrance(NamedTuple):
         grid = self.transform.grid(media.measure(decoded))
         size = self.adapter.length(grid)
         item = Item(kind, self.transform.prepare(decoded), grid, start, size)
-        return Laid(item, [pad] * size, [0.0] * size, [kind] * size)
+        return Laid.alike([pad] * size, 0.0, kind, item)
 
 
 class Spelling(NamedTuple):
@@ -119,8 +127,9 @@ class Spelling(NamedTuple):
                 "`MediaTokenizer.codes_of` makes codes of it"
             )
         ids = self.codebook.spell(part.ids)
-        modality = [Modality.TEXT, *[kind] * len(part.ids), Modality.TEXT]
-        return Laid(CodeRun(kind, start, len(ids)), ids, [float(loss)] * len(ids), modality)
+        modality = np.full(len(ids), kind, np.int8)
+        modality[[0, -1]] = Modality.TEXT
+        return Laid(ids, np.full(len(ids), loss, np.float32), modality, CodeRun(kind, start, len(ids)))
 
 
 WayIn = Entrance | Spelling
@@ -214,22 +223,22 @@ class Processor:
 
     def assemble(self, pieces: Iterable[Piece]) -> Document:
         """Rendered pieces as a document, with their media decoded and prepared, or spelled."""
-        tokens, weights, modality, items = [], [], [], []
+        laid, start = [], 0
         for piece in pieces:
-            if piece.part is None:
-                tokens.extend(piece.ids)
-                weights.extend([float(piece.loss)] * len(piece.ids))
-                modality.extend([Modality.TEXT] * len(piece.ids))
-            else:
-                entrance = self.entrance(piece.part.modality)
-                laid = entrance.lay(piece.part, len(tokens), self.text.pad, piece.loss)
-                items.append(laid.item)
-                tokens.extend(laid.tokens)
-                weights.extend(laid.weights)
-                modality.extend(laid.modality)
+            laid.append(self._lay(piece, start))
+            start += len(laid[-1].tokens)
+        tokens, weights, modality, items = zip(*laid, strict=True)
         return Document(
-            np.array(tokens, np.int64), np.array(weights, np.float32), np.array(modality, np.int8), tuple(items)
+            np.concatenate(tokens),
+            np.concatenate(weights),
+            np.concatenate(modality),
+            tuple(item for item in items if item is not None),
         )
+
+    def _lay(self, piece: Piece, start: int) -> Laid:
+        if piece.part is None:
+            return Laid.alike(piece.ids, float(piece.loss), Modality.TEXT)
+        return self.entrance(piece.part.modality).lay(piece.part, start, self.text.pad, piece.loss)
 
     def padding(self, length: int) -> Document:
         """A document without content or loss, in the place of a broken sample or at the end of a pack."""

@@ -23,7 +23,7 @@ SHARES = ("mfu", "mfu_of_measured")
 MEMORY = ("parameters", "gradients", "optimizer", "rest")
 """Parts of the memory, see `mm.train.memory`."""
 
-PART_OF_LOSS = re.compile("(validation_)?loss/(source|modality)/")
+PART_OF_LOSS = re.compile("(validation_)?loss/(source|modality|part)/")
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class History:
 
     reports: the lines of ``metrics.jsonl``; figures that were not finite are None
     events: the lines of ``ledger.jsonl``: samples replaced by padding, skipped updates
+    pictures: what validation has shown of an autoencoder, by step
     """
 
     name: str
@@ -66,6 +67,7 @@ class History:
     reports: tuple[dict[str, Any], ...]
     versions: dict[str, str]
     events: tuple[str, ...]
+    pictures: dict[int, Path]
 
     @classmethod
     def read(cls, stage: Stage) -> Self:
@@ -86,6 +88,7 @@ class History:
             tuple(reports),
             json.loads((folder / "versions.json").read_text(encoding="utf-8")),
             tuple(line["event"] for line in _lines(ledger)) if ledger.exists() else (),
+            {int(path.stem.removeprefix("step-")): path for path in sorted((folder / "pictures").glob("step-*.png"))},
         )
 
     def points(self, figure: str) -> list[Point]:
@@ -147,7 +150,7 @@ class History:
 
     @property
     def parts_of_loss(self) -> dict[str, tuple[list[Point], list[Point]]]:
-        """Training and validation loss of each source and modality that there are several of; ``source/a``, …"""
+        """Training and validation loss of each source, modality and term of which there are several; ``source/a``, …"""
         names = {name.partition("/")[2] for report in self.reports for name in report if PART_OF_LOSS.match(name)}
         kinds = Counter(name.partition("/")[0] for name in names)
         return {
@@ -160,6 +163,12 @@ class History:
         return [report.get(figure) for report in self.reports]
 
     # ------------------------------------------------------------------------------------------ what the recipe says
+
+    @property
+    def autoencoder(self) -> str | None:
+        """Name of the tokenizer that is trained; None where it is a language model."""
+        options = self.recipe.model.autoencoder
+        return options.tokenizer["_target_"].rpartition(".")[2] if options else None
 
     @property
     def language_model(self) -> str:
@@ -194,6 +203,9 @@ class History:
 
     @property
     def _parts(self) -> dict[str, str]:
+        if autoencoder := self.recipe.model.autoencoder:
+            judge = {"judges.discriminator": "the discriminator"} if autoencoder.discriminator else {}
+            return {"tokenizer": "the tokenizer", **judge}
         encoders = self.recipe.model.encoders
         words = {f"encoders.{name}": f"the {name} encoder" for name in encoders}
         words |= {f"adapters.{name}": f"the {name} adapter" for name in encoders}

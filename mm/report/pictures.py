@@ -124,7 +124,12 @@ def _colours(points: np.ndarray, depth: np.ndarray) -> np.ndarray:
 def _data_url(picture: PillowImage.Image, format: str, **options: int) -> str:
     buffer = io.BytesIO()
     picture.save(buffer, format, optimize=True, **options)
-    return f"data:image/{format.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return data_url(buffer.getvalue(), format)
+
+
+def data_url(data: bytes, format: str) -> str:
+    """An encoded picture as an address that needs no file."""
+    return f"data:image/{format.lower()};base64,{base64.b64encode(data).decode()}"
 
 
 _PICTURES: dict[Modality, Callable[..., str]] = {

@@ -11,7 +11,7 @@ over the reports of a run.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from mm.report.charts import Bar, Chart, Point, Stack, line_chart, share_stack
 from mm.report.history import History, Stage
 from mm.report.packs import PackView, heaviest
 from mm.report.page import counted, duration, milliseconds, percent, render, short
-from mm.report.pictures import thumbnail
+from mm.report.pictures import data_url, thumbnail
 from mm.report.samples import GUIDANCE, Drawn
 
 __all__ = ["Stage", "report_of_run", "run_page"]
@@ -41,6 +41,13 @@ ROWS = {
     "linear probe": ("Linear probe of the encoder", "baseline"),
 }
 """Rows of `FIGURES` that are bars: what they are called here, and their kind."""
+
+OF_TOKENIZERS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "validation/psnr": ("PSNR of reconstructions", "{:.2f} dB".format),
+    "validation/utilisation": ("Codes that occur", percent),
+    "validation/perplexity": ("Perplexity of codes", "{:.1f}".format),
+}
+"""Figures of the validation of a tokenizer: what they are called here, and how they are written."""
 
 PANELS = (("All questions", ""), ("Easy", "easy"), ("Hard", "hard"))
 
@@ -116,6 +123,8 @@ def _training(title: str, histories: Sequence[History]) -> dict[str, Any]:
         "histories": histories,
         "losses": [_losses(history) for history in histories],
         "facts": _facts(histories),
+        "reconstructions": [_reconstructions(history) for history in histories if history.pictures],
+        "unit": "Loss per picture" if histories[-1].autoencoder else "Loss in nats per token that bears loss",
         "parts_of_loss": [_parts_of_loss(history) for history in histories],
         "times": [_time(history) for history in histories if history.time],
         "memory": [_memory(history) for history in histories if history.memory],
@@ -182,26 +191,37 @@ def _facts(histories: Sequence[History]) -> dict[str, list[str]]:
     rows["Training loss, first → last"] = [_ends(history.points("loss")) for history in histories]
     if any(history.points("validation_loss") for history in histories):
         rows["Validation loss, first → last"] = [_ends(history.points("validation_loss")) for history in histories]
+    for name, (label, value) in OF_TOKENIZERS.items():
+        if any(history.points(name) for history in histories):
+            rows[f"{label}, first → last"] = [_ends(history.points(name), value) for history in histories]
     if any(history.events for history in histories):
         rows["Samples replaced, updates skipped"] = [f"{len(history.events):,}" for history in histories]
     rows["Machine"] = [history.versions.get("device", "–") for history in histories]
     return rows
 
 
-def _ends(points: Sequence[Point]) -> str:
+def _ends(points: Sequence[Point], worded: Callable[[float], str] = "{:.3f}".format) -> str:
     """The first value and the last."""
     if not points:
         return "–"
-    last = f"{points[-1][1]:.3f}"
-    return last if len(points) == 1 else f"{points[0][1]:.3f} → {last}"
+    last = worded(points[-1][1])
+    return last if len(points) == 1 else f"{worded(points[0][1])} → {last}"
+
+
+def _reconstructions(history: History) -> list[tuple[int, str]]:
+    """(step, data URL) of what the first validation showed and the last."""
+    steps = sorted({min(history.pictures), max(history.pictures)})
+    return [(step, data_url(history.pictures[step].read_bytes(), "PNG")) for step in steps]
 
 
 def _told(histories: Sequence[History]) -> list[str]:
     """What was trained, on what and for how long, in sentences."""
     last = histories[-1]
+    stages = "one stage" if len(histories) == 1 else f"{len(histories)} stages"
+    if last.autoencoder:
+        return [f"{last.autoencoder}, a tokenizer, was trained in {stages}.", *map(_told_stage, histories)]
     encoders = _listed([f"{encoder} for {name}" for name, encoder in last.encoders.items()])
     joined = f"{last.language_model} was joined with {encoders} and" if encoders else f"{last.language_model} was"
-    stages = "one stage" if len(histories) == 1 else f"{len(histories)} stages"
     return [f"{joined} trained in {stages}.", *map(_told_stage, histories)]
 
 
@@ -211,6 +231,8 @@ def _told_stage(history: History) -> str:
     frozen = f", with {_listed(history.frozen)} frozen" if history.frozen else ""
     validation = history.points("validation_loss")
     loss = f"; the loss on held-out data ended at {validation[-1][1]:.2f}" if validation else ""
+    if decibels := history.points("validation/psnr"):
+        loss += f", and its pictures come back with a PSNR of {decibels[-1][1]:.1f} dB"
     return (
         f"Stage {history.name} trained {_listed(history.trained)}{but}{frozen}: {counted(history.steps, 'step')} on "
         f"{short(history.tokens)} tokens of {sources} in {duration(history.throughput.seconds)}{loss}."

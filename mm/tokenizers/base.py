@@ -9,9 +9,11 @@ the stream a code c of a modality is the id ``codebook.first + c`` (see `mm.toke
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -80,3 +82,12 @@ class MediaTokenizer(nn.Module, ABC):
     @abstractmethod
     def decode(self, codes: Tensor, grids: Sequence[Grid]) -> list[Tensor]:
         """N items from (ΣL,) codes: of pictures (rows, columns, 3) uint8."""
+
+
+def fingerprint(options: Sequence[str], tensors: Iterable[tuple[str, Tensor]] = ()) -> str:
+    """Identity of options and of weights by name."""
+    digest = hashlib.sha256(json.dumps(list(options)).encode())
+    for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

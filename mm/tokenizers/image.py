@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -18,7 +17,7 @@ from mm.encoders.base import Grid
 from mm.encoders.shapes import trace
 from mm.encoders.vision import ImageTransform, Resize
 from mm.tokenizers.autoencoder import AutoencoderConfig, PixelDecoder, PixelEncoder, to_bytes, to_grid, to_rows, to_unit
-from mm.tokenizers.base import MediaTokenizer
+from mm.tokenizers.base import MediaTokenizer, fingerprint
 from mm.tokenizers.quantise import Quantised, Quantiser
 
 
@@ -67,8 +66,7 @@ class ImageAutoencoder(MediaTokenizer):
         _, decoder = trace(self.decoder, latents)
         nearest = self.quantiser.flops(latents[0, 0].numel())
         self.flops = {"encoder": encoder, "quantiser": nearest, "decoder": decoder}
-        options = (rows, columns, asdict(config), dict(quantiser), resize)
-        self.fingerprint = hashlib.sha256(json.dumps(options, default=list).encode()).hexdigest()[:16]
+        self.fingerprint = fingerprint([json.dumps([rows, columns, asdict(config), dict(quantiser), resize])])
 
     def encode(self, pixels: Tensor) -> Tensor:
         return self.quantise(to_unit(pixels, self.dtype)).codes

@@ -23,6 +23,9 @@ from torch import Tensor, nn
 RESTARTS = 256
 """Codes that are restarted in a step at most: as many latents travel between processes."""
 
+UNUSED = 1e-4
+"""Use that a codebook begins with, so little that what the first steps do not use restarts at their latents."""
+
 
 class Quantised(NamedTuple):
     """n latents as codes.
@@ -155,6 +158,8 @@ class VectorQuantiser(Quantiser):
             freeze_codebook=True,
             sync_codebook=False,
         )
+        self.book.cluster_size.fill_(UNUSED)
+        self.book.embed_avg.copy_(UNUSED * self.book.embed)
         self._step: _Step | None = None
 
     @property

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,15 +38,15 @@ class Codebook:
         """The ids of the codes."""
         return range(self.first, self.first + self.size)
 
-    def spell(self, codes: Sequence[int]) -> list[int]:
-        """Ids of an item: begin, codes, end.
+    def spell(self, codes: Sequence[int]) -> np.ndarray:
+        """(L + 2,) int64 ids of an item of L codes: begin, codes, end.
 
         Raises:
             ValueError: a code that is not in [0, K). It would mean a word, or a code of another modality.
         """
         if codes and (min(codes) < 0 or max(codes) >= self.size):
             raise ValueError(f"codes from {min(codes)} to {max(codes)}, of a codebook of {self.size}")
-        return [self.begin, *(self.first + code for code in codes), self.end]
+        return np.concatenate([[self.begin], np.array(codes, np.int64) + self.first, [self.end]])
 
 
 @dataclass(frozen=True)

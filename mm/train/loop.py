@@ -37,7 +37,7 @@ from mm.train.engine import build_engine, check_engine
 from mm.train.faults import Skips, Watchdog, out_of_memory_explained, samples_of
 from mm.train.guard import Guard, GuardOptions, Spike
 from mm.train.interrupts import Interrupts, Stopped, leave_to_the_run, seconds_of
-from mm.train.memory import Memory
+from mm.train.memory import Memory, check_memory, memory_of_a_process
 from mm.train.meter import Meter, device_peak, training_factors
 from mm.train.optim import freeze, set_learning_rate
 from mm.train.parallel import World, join_world, local_world, resolve_precision
@@ -70,6 +70,9 @@ def train(recipe: Recipe, profiled: Steps | None = None) -> Path:
         processes, parallel = local_world()[1], chosen.parallel
         check_engine(parallel, chosen.optim, processes, chosen.packing.capacity)
         check_division(chosen.packing, processes // parallel.context, chosen.micro_batch)
+        if parallel.engine == "fsdp2" and not parallel.offload:
+            shards, whole = processes // parallel.replicate, build_trainable(chosen.model, meta=True)
+            check_memory(whole, chosen.optim, shards, memory_of_a_process())
     check_installed(recipe.log_to)
     with locked(recipe.folder):
         resumed = checkpoint.latest(recipe.folder / "checkpoints")

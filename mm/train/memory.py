@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,6 +12,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from mm.configure import RecipeError
+from mm.train.optim import OptimOptions, freeze, parameter_groups
 
 MemoryPart = Literal["parameters", "gradients", "optimizer"]
 
@@ -45,6 +49,43 @@ def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer, device: torch
         "gradients": _bytes_on(device, (parameter for parameter in parameters if parameter.requires_grad)),
         "optimizer": _bytes_on(device, states),
     }
+
+
+def check_memory(model: nn.Module, options: OptimOptions, shards: int, available: int) -> None:
+    """Raise `RecipeError` if what a process holds through the whole run cannot fit, before any weights are read.
+
+    Counted are weights, gradients and the optimizer's state in float32, divided among the processes that shard them.
+    Activations come on top; `mm estimate` counts those.
+
+    Args:
+        model: on the meta device.
+        available: bytes that the process has.
+    """
+    freeze(model, options)
+    held = held_bytes_of(model, options) // shards
+    if held > available:
+        raise RecipeError(
+            f"weights, gradients and optimizer state take {held / 2**30:.1f} GiB in each of {shards} processes that "
+            f"share them, and there are {available / 2**30:.1f} GiB, without counting a single activation. Take more "
+            "processes, freeze parts (optim.parts), or a smaller model; `mm estimate RECIPE` shows what would fit"
+        )
+
+
+def held_bytes_of(model: nn.Module, options: OptimOptions) -> int:
+    """What `held_bytes` would give in all for a model on one device, from its shapes."""
+    total = 4 * sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    moments = {"adamw": 2, "muon": 1}
+    for group in parameter_groups(model, options):
+        copies = 1 + moments[group["kind"]] + (options.average is not None)  # gradients, moments, average
+        total += 4 * copies * sum(parameter.numel() for parameter in group["params"])
+    return total
+
+
+def memory_of_a_process() -> int:
+    """Bytes of the GPU that a process has to itself, or its part of the machine's memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", "0"))).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def peak_resident() -> int:

@@ -1,0 +1,311 @@
+"""Modality experts against dense models of the same FLOPs a token: a sweep over arms, learning rates and seeds.
+
+    scenes, dictionary ─▶ BPE, image tokenizer, codes ─▶ one run an (arm, rate, seed, steps) ─▶ results.jsonl ─▶ table
+
+Every run sees a stream of samples of which none comes twice: composed scenes with true captions, in both orders, and
+entries of a dictionary. A run has two stages: the arm trains; then, where experts or layers choose among later tokens,
+auxiliary routers learn to do it causally. What counts is the loss on held-out scenes and entries, measured causally.
+
+    python -m benchmarks.moma prepare FOLDER     corpora, tokenizers and codes: some minutes, once
+    python -m benchmarks.moma sweep FOLDER       all runs, two at a time; repeated, it goes on
+    python -m benchmarks.moma table              what results.jsonl holds
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock
+
+RESULTS = Path(__file__).with_name("moma.jsonl")
+
+WIDTH, LAYERS, FFN = 96, 4, 256
+STEPS, ROUTER_STEPS = 240, 60
+TOKENS = 4096
+"""Of a step."""
+
+RATES = (1e-3, 3e-3, 9e-3)
+SEEDS = (0, 1, 2)
+
+ARMS: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "1t1i": {"experts": {"groups": {"text": 1, "image": 1}}},
+    "4t4i": {"experts": {"groups": {"text": 4, "image": 4}}},
+    "8 mixed": {"experts": {"groups": {"all": 8}}},
+    # Seven layers of which four are for a quarter of the tokens cost what four whole ones do.
+    "4t4i, depth": {"experts": {"groups": {"text": 4, "image": 4}}, "depth": {"capacity": 0.25}, "layers": 7},
+    "4+4 by hash": {"experts": {"groups": {"one": 4, "other": 4}, "by": "hash"}},
+    "4t4i, token choice": {"experts": {"groups": {"text": 4, "image": 4}, "router": "token_choice"}},
+    "dense, equal parameters": {"ffn": 8 * FFN},
+}
+MAIN = ("dense", "1t1i", "4t4i", "8 mixed")
+"""Arms with three seeds."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run."""
+
+    arm: str
+    rate: float
+    seed: int
+    steps: int = STEPS
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm} lr {self.rate:g} seed {self.seed} steps {self.steps}".replace(",", "").replace(" ", "-")
+
+
+# ------------------------------------------------------------------------------------------------------- the corpora
+
+
+def prepare(folder: Path, dictionary: Path | None) -> None:
+    """Corpora, BPE, image tokenizer and codes in a folder; what is there already is not made again.
+
+    Args:
+        dictionary: Debian's dict-gcide; None takes what this Python says about itself.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    scenes, words, index = folder / "scenes", folder / "words", folder / "index"
+    once(scenes, "data", "build", "scenes", str(scenes), "samples=30000")
+    source = ("python-docs", ()) if dictionary is None else ("gcide", (f"source={dictionary}",))
+    once(words, "data", "build", source[0], str(words), *source[1])
+    write_orders(scenes)
+    cards = [str(scenes / "card.yaml"), str(words / "card.yaml")]
+    once(folder / "bpe", "data", "bpe", *cards, "--size", "1024", "--out", str(folder / "bpe"))
+    pictures = [f"data.{part}.pictures.card={scenes / 'card.yaml'}" for part in ("sources", "validation")]
+    options = [f"run={folder / 'tokenizer'}", f"data.index={index}", "steps=1000", "validate_every=250"]
+    once(folder / "tokenizer-done", "train", "train/image-tokenizer-64.yaml", *pictures, *options)
+    for split in ("train", "validation"):
+        done = folder / f"codes-{split}-done"
+        arguments = ["--with", str(write_tokenizer(folder)), "--split", split, "--folder", str(index / "index")]
+        once(done, "data", "tokenize", str(scenes / "orders.yaml"), *arguments, "--processes", "2")
+
+
+def once(product: Path, *arguments: str) -> None:
+    """Run a command of the suite unless its product is there."""
+    if product.exists():
+        return
+    subprocess.run([sys.executable, "-m", "mm", *arguments], check=True)
+    if not product.exists():
+        product.touch()
+
+
+def write_orders(scenes: Path) -> None:
+    """The card of the scenes with the picture first half of the time, and the words in the other half."""
+    card = yaml.safe_load((scenes / "card.yaml").read_text())
+    orders = [{"p": 0.5, "parts": ["image", "text"]}, {"p": 0.5, "parts": ["text", "image"]}]
+    card["sample"] = {"parts": card["sample"], "orders": orders}
+    (scenes / "orders.yaml").write_text(yaml.safe_dump(card, sort_keys=False))
+
+
+def write_tokenizer(folder: Path) -> Path:
+    """The preset of the trained image tokenizer."""
+    path = folder / "tokenizer.yaml"
+    path.write_text(yaml.safe_dump(tokenizer(folder)))
+    return path
+
+
+def tokenizer(folder: Path) -> dict[str, Any]:
+    return {"_target_": "mm.train.tokenizer.TrainedTokenizer.load", "weights": str(folder / "tokenizer")}
+
+
+# ----------------------------------------------------------------------------------------------------------- one run
+
+
+def recipe(job: Job, folder: Path, routers: int = ROUTER_STEPS) -> dict[str, Any]:
+    """The recipe of a run."""
+    arm = copy.deepcopy(ARMS[job.arm])
+    decoder = {
+        "vocabulary": 1024 + 2 + 512,
+        "width": WIDTH,
+        "layers": LAYERS,
+        "heads": WIDTH // 32,
+        "kv_heads": WIDTH // 32,
+        "head_dim": 32,
+        "ffn": FFN,
+        "context": 1024,
+        "qk_norm": "layer",
+        "tied": False,
+    } | arm
+    stages: list[dict[str, Any]] = [{"steps": job.steps}]
+    if couples(arm):
+        causal = {"experts": {"auxiliary": True}} | ({"depth": {"auxiliary": True}} if "depth" in arm else {})
+        stages.append(
+            {
+                "steps": routers,
+                "model": {"decoder": {"config": causal}},
+                "objective": {"_target_": "mm.objectives.routers.AuxiliaryRouters"},
+                "optim": {"lr": 3e-3, "parts": [{"match": "auxiliary"}, {"match": ".", "freeze": True}]},
+            }
+        )
+    scenes, words = folder / "scenes" / "orders.yaml", folder / "words" / "card.yaml"
+    return {
+        "name": job.name,
+        "run": str(folder / "runs" / job.name),
+        "seed": job.seed,
+        "model": {"decoder": {"config": decoder}, "tokenizers": {"image": tokenizer(folder)}},
+        "tokenizer": {"path": str(folder / "bpe")},
+        "objective": {"_target_": "mm.objectives.next_token.NextToken", "z_loss": 1e-5},
+        "data": {
+            "sources": {
+                "scenes": {"card": str(scenes), "weight": 0.7, "epochs": 1},
+                "words": {"card": str(words), "weight": 0.3, "epochs": 1},
+            },
+            "validation": {
+                "scenes": {"card": str(scenes), "split": "validation"},
+                "words": {"card": str(words), "split": "validation"},
+            },
+            "index": str(folder / "index"),
+        },
+        "packing": {"capacity": 1024, "batch": TOKENS // 1024, "window": 64, "too_long": "truncate"},
+        "micro_batch": TOKENS // 1024,
+        "precision": "fp32",
+        "optim": {"lr": job.rate, "betas": [0.9, 0.95], "weight_decay": 0.1},
+        "schedule": {"kind": "linear", "warmup": 0.1, "floor": 0.01},
+        "log_every": 5,
+        "log_to": [],
+        "keep": 1,
+        "stages": stages,
+    }
+
+
+def couples(arm: dict[str, Any]) -> bool:
+    """Whether an arm chooses among later tokens."""
+    experts = arm.get("experts", {})
+    chooses = experts.get("router") != "token_choice" and max(experts.get("groups", {"": 1}).values()) > 1
+    return chooses or "depth" in arm
+
+
+def run(job: Job, folder: Path) -> None:
+    """Train, and append what came out to the results."""
+    path = folder / "recipes" / f"{job.name}.yaml"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(yaml.safe_dump(recipe(job, folder), sort_keys=False))
+    begin = time.time()
+    log = folder / "logs" / f"{job.name}.txt"
+    log.parent.mkdir(exist_ok=True)
+    with log.open("w") as output:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", TIMED, str(path)]
+        done = subprocess.run(command, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{job.name} failed, see {log}:\n{log.read_text()[-2000:]}")
+    processor = float(log.read_text().rpartition("CPU seconds ")[2].split()[0])
+    result = asdict(job) | {"cpu_seconds": round(processor), "wall_seconds": round(time.time() - begin)}
+    result |= measured(folder / "runs" / job.name, job.steps)
+    with FileLock(f"{RESULTS}.lock"), RESULTS.open("a") as file:
+        file.write(json.dumps(result) + "\n")
+    print(f"{job.name}: {processor:.0f} CPU seconds, held-out loss {result['held_out']['loss']:.4f}", flush=True)
+
+
+TIMED = """
+import resource, sys
+from mm.train.loop import train
+from mm.train.recipe import Recipe
+train(Recipe.load(sys.argv[1]))
+used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+print("CPU seconds", sum(one.ru_utime + one.ru_stime for one in used))
+"""
+
+
+def measured(run: Path, steps: int) -> dict[str, Any]:
+    """Training curve and held-out losses of a run."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    training = [line for line in lines if line["step"] <= steps]
+    curve = {
+        name: [round(line[key], 4) for line in training]
+        for name, key in (("loss", "loss"), ("text", "loss/modality/text"), ("image", "loss/modality/image"))
+    }
+    found: dict[str, Any] = {"curve_steps": [line["step"] for line in training], "curve": curve}
+    rates = sorted(line["tokens_per_second"] for line in training)
+    found["tokens_per_second"] = round(rates[len(rates) // 2])
+    last = lines[-1]
+    found["held_out"] = losses(last, "")
+    if "router_agreement" in last:
+        found |= {"by_choice": losses(last, "expert_choice/"), "router_agreement": round(last["router_agreement"], 4)}
+    return found
+
+
+def losses(figures: dict[str, float], prefix: str) -> dict[str, float]:
+    """Validation losses in total, by modality and by source."""
+    start = f"{prefix}validation_loss"
+    return {
+        name.removeprefix(start).strip("/") or "loss": round(figure, 4)
+        for name, figure in figures.items()
+        if name.startswith(start)
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------- the sweep
+
+
+def jobs(results: Sequence[dict[str, Any]]) -> Iterator[Job]:
+    """The runs that are wanted: every arm at every rate, then the main arms with the best of them and other seeds."""
+    for arm in ARMS:
+        for rate in RATES:
+            yield Job(arm, rate, SEEDS[0])
+    for seed in SEEDS[1:]:
+        for arm in MAIN:
+            if (rate := best_rate(results, arm)) is not None:
+                yield Job(arm, rate, seed)
+
+
+def best_rate(results: Iterable[dict[str, Any]], arm: str) -> float | None:
+    """The rate with the lowest held-out loss, where all were tried."""
+    of_arm = {
+        one["rate"]: one["held_out"]["loss"]
+        for one in results
+        if one["arm"] == arm and one["seed"] == SEEDS[0] and one["steps"] == STEPS
+    }
+    return min(of_arm, key=lambda rate: of_arm[rate]) if set(RATES) <= of_arm.keys() else None
+
+
+def read_results() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+
+
+def missing() -> list[Job]:
+    results = read_results()
+    done = {Job(one["arm"], one["rate"], one["seed"], one["steps"]) for one in results}
+    return [job for job in jobs(results) if job not in done]
+
+
+def sweep(folder: Path, parallel: int, budget: float) -> None:
+    """Runs what is missing, so many at once, and starts none after `budget` minutes."""
+    end = time.time() + 60 * budget
+    while (wanted := missing()) and time.time() < end:
+        with ThreadPoolExecutor(parallel) as pool:
+            list(pool.map(lambda job: run(job, folder) if time.time() < end else None, wanted))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("prepare", "sweep"):
+        command = commands.add_parser(name)
+        command.add_argument("folder", type=Path)
+    commands.choices["prepare"].add_argument("--dictionary", type=Path, help="Debian's dict-gcide_….deb")
+    commands.choices["sweep"].add_argument("--parallel", type=int, default=2)
+    commands.choices["sweep"].add_argument("--minutes", type=float, default=1e9, help="start no run after that")
+    options = parser.parse_args()
+    if options.command == "prepare":
+        prepare(options.folder.absolute(), options.dictionary)
+    else:
+        sweep(options.folder.absolute(), options.parallel, options.minutes)
+
+
+if __name__ == "__main__":
+    main()
