@@ -221,6 +221,15 @@ def test_the_flops_of_a_step_are_three_forwards_of_what_trains(recipe: Path) -> 
     assert Estimate.of(chosen, 2, GPUS["h100"]).step_flops == pytest.approx(3 * forward)
 
 
+def test_experts_are_counted_and_depth_routing_is_refused_with_the_reason(recipe: Path) -> None:
+    groups = "model.decoder.config.experts={groups: {text: 4, image: 1, speech: 1, point: 1}}"
+    dense, experts = (footprint(Recipe.load(recipe, options), 1) for options in ([], [groups]))
+    added = 2 * (6 * 3 * 32 * 64 + 4 * 32)  # in two layers six feed-forwards more, and a router for four experts
+    assert experts.parts["parameters"] - dense.parts["parameters"] == 4 * added
+    with pytest.raises(RecipeError, match=r"Leave model\.decoder\.config\.depth out"):
+        footprint(Recipe.load(recipe, ["model.decoder.config.depth={capacity: 0.5}"]), 1)
+
+
 def test_an_unknown_gpu_and_a_batch_that_does_not_divide_are_named(recipe: Path) -> None:
     with pytest.raises(RecipeError, match="'v100' is not known; known are rtx-4090, a100-40g"):
         gpu_named("v100")

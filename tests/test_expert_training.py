@@ -88,6 +88,7 @@ def test_a_resumed_run_draws_the_same_noise(recipes: dict[str, Path], alone: dic
     assert resumed == losses(alone["experts"])
 
 
+@pytest.mark.slow
 def test_compiled_blocks_with_experts_need_few_compilations(
     recipes: dict[str, Path], alone: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,7 @@ from mm.model.depth import Depth, highest
 from mm.model.experts import ALL, ExpertGroup, Experts, Gate, ModalityExperts, members
 from mm.model.stream import Reports, Stream
 from mm.sample import Modality
+from mm.train.recipe import Recipe
 
 D = 32
 CONFIG = DecoderConfig(vocabulary=97, width=D, layers=3, heads=2, kv_heads=1, head_dim=16, ffn=48)
@@ -501,6 +503,20 @@ def test_parameter_counts_are_the_papers(layers: int, width: int, ffn: int, coun
         )
     counted = sum(p.numel() for name, p in model.named_parameters() if "norm" not in name and "router" not in name)
     assert counted / 1e6 == pytest.approx(millions, rel=5e-4)
+
+
+RECIPES = {"moma-90m": 209.7, "moma-435m": 1845.5, "moma-1.4b": 7113.5, "moma-1.4b-depth": 11853.0}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_have_the_papers_sizes_up_to_rounding_for_kernels(name: str) -> None:
+    stages = [stage.model.decoder.resolve() for stage in Recipe.load(f"train/{name}.yaml").stage_recipes()]
+    assert [config.is_causal for config in stages] == [name != "moma-1.4b-depth", False, True]
+    assert all(config.ffn % 8 == 0 for config in stages)
+    with torch.device("meta"):
+        model = Decoder(stages[1])
+    counted = sum(p.numel() for key, p in model.named_parameters() if not re.search(r"norm|router|depth\.", key))
+    assert counted / 1e6 == pytest.approx(RECIPES[name], rel=2e-3)
 
 
 def test_flops_a_token_do_not_grow_with_experts() -> None:

@@ -291,7 +291,8 @@ def test_the_card_indexes_and_its_samples_are_a_picture_and_its_caption(tmp_path
 def test_every_scene_finds_a_place_in_a_plan_with_a_tokenizer_of_its_own_captions(built: Card, tmp_path: Path) -> None:
     save_bpe(train_bpe(texts_of(built, 1_000_000), 300), tmp_path / "bpe")
     names = {"scenes": built.path, "held_out": built.path, "text": tmp_path / "card.yaml"}
-    recipe = Recipe.load(write_recipe(tmp_path, names, tmp_path / "bpe", ["scenes"], steps=None, epochs=1))
+    written = write_recipe(tmp_path, names, tmp_path / "bpe", ["scenes"], steps=None, epochs=1)
+    recipe = Recipe.load(written, ["model.decoder.config.vocabulary=300"])
     planned_here = planned(recipe).plan.statistics().sources["scenes"]
     assert planned_here.samples == 60
     assert not any(planned_here.dropped.values())

@@ -151,7 +151,7 @@ def whole(staged: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_stage_with_more_experts_goes_on_with_weights_and_data(whole: Path) -> None:
     assert list(losses(whole)) == list(range(1, 26))
-    packs = [pack for step in seen(whole).values() for pack in step]
+    packs = [pack for step, packs in seen(whole).items() if step <= 11 for pack in packs]  # then an epoch ends
     assert len(packs) == len(set(packs)), "samples were seen twice"
 
 

@@ -97,7 +97,7 @@ def report_of_run(folder: Path, drawn: Sequence[Drawn] = ()) -> str:
         "run.html",
         **_training(history.recipe.name, [history]),
         told=[_told([history])],
-        tiles=_effort([history]),
+        tiles=[*_fidelity(history), *_effort([history])],
         results=None,
         drawn=drawn,
         guidance=GUIDANCE,
@@ -237,6 +237,14 @@ def _told_stage(history: History) -> str:
         f"Stage {history.name} trained {_listed(history.trained)}{but}{frozen}: {counted(history.steps, 'step')} on "
         f"{short(history.tokens)} tokens of {sources} in {duration(history.throughput.seconds)}{loss}."
     )
+
+
+def _fidelity(history: History) -> list[Tile]:
+    """How well a tokenizer gives pictures back; nothing of other models."""
+    decibels, used = history.points("validation/psnr"), history.points("validation/utilisation")
+    if not (decibels and used):
+        return []
+    return [Tile(f"{decibels[-1][1]:.1f} dB", "PSNR of reconstructions", f"{percent(used[-1][1])} of the codes occur")]
 
 
 def _effort(histories: Sequence[History]) -> list[Tile]:

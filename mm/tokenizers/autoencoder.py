@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mm.configure import RecipeError
+
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
@@ -38,7 +40,7 @@ class AutoencoderConfig:
     def __post_init__(self) -> None:
         for width in self.widths:
             if width % self.groups:
-                raise ValueError(f"groups={self.groups} does not divide the {width} channels of a level")
+                raise RecipeError(f"groups is {self.groups} and does not divide the {width} channels of a level")
 
     @property
     def widths(self) -> list[int]:

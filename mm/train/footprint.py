@@ -104,6 +104,11 @@ def footprint(recipe: Recipe, gpus: int) -> Footprint:
             f"mm estimate counts FSDP2 with parallel.context 1, and the recipe has engine {recipe.parallel.engine} and "
             f"context {recipe.parallel.context}. Leave them out: context divides activations, and ZeRO 3 is like FSDP2"
         )
+    if recipe.model.decoder.resolve().depth is not None:
+        raise RecipeError(
+            "mm estimate runs a step without values, and with depth routing these say which tokens a layer is computed "
+            "for. Leave model.decoder.config.depth out: without it activations are larger, so what fits, fits"
+        )
     # whether this machine could offload is no matter
     check_parallel(replace(recipe.parallel, offload=False), gpus, recipe.packing.capacity)
     micro_steps = recipe.packing.packs_per_batch // (gpus * recipe.micro_batch)
