@@ -342,7 +342,7 @@ class Decoder(nn.Module):
         if not self.config.couples:
             return
         if not self.config.is_causal:
-            raise NotCausal("train auxiliary routers for it (train/moma-routers.yaml)")
+            raise NotCausal("train auxiliary routers for it, as the last stage in docs/moma.md does")
         if self._routing != "auxiliary":
             raise NotCausal("its auxiliary routers can stand in: call eval(), or set `routing` to auxiliary")
 
