@@ -19,7 +19,7 @@ from mm.model.hub import save_decoder
 from mm.model.multimodal import DecoderOptions
 from mm.model.upcycle import NotUpcyclable, upcycle, upcycled
 from mm.train.checkpoint import CheckpointError
-from tests.small_world import DECODER, losses, seen, train_here
+from tests.small_world import DECODER, losses, seen, train_here, train_together
 
 CONFIG = DecoderConfig(vocabulary=60, width=32, layers=2, heads=2, kv_heads=1, head_dim=16, ffn=48, tied=False)
 ONE, FOUR = Experts({"text": 1, "image": 1}), Experts({"text": 4, "image": 4})
@@ -179,3 +179,10 @@ def test_another_architecture_without_a_rule_is_refused_with_both_reasons(
 ) -> None:
     with pytest.raises(CheckpointError, match=r"of another architecture[\s\S]*cannot be upcycled either"):
         train_here(staged, f"run={tmp_path}", f"init_from={whole}", "model.decoder.config.ffn=32")
+
+
+def test_two_processes_go_through_the_stages_as_one_does(staged: Path, whole: Path, tmp_path: Path) -> None:
+    """Auxiliary routers train inside of frozen blocks, whose outputs have no gradient that sharding could wait for."""
+    train_together(tmp_path, 2, [[str(staged), f"run={tmp_path / 'run'}", "parallel.activations=full"]])
+    assert losses(tmp_path / "run") == pytest.approx(losses(whole), rel=1e-4)
+    assert losses(tmp_path / "run", "gradient_norm") == pytest.approx(losses(whole, "gradient_norm"), rel=1e-3)

@@ -24,6 +24,8 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from mm.model.experts import AuxiliaryRouter
+
 Activations = Literal["none", "selective", "full"]
 
 KEPT = {
@@ -42,13 +44,23 @@ KEPT = {
 def checkpoint_blocks(blocks: Iterable[nn.Module], activations: Activations) -> None:
     """Let every block keep only what `activations` says, in place.
 
-    Random numbers that a block draws (dropout) are the same when it is computed again.
+    Random numbers that a block draws (dropout) are the same when it is computed again. A block in which only auxiliary
+    routers train keeps nothing but what these ask for, and stays as it is.
     """
     if activations == "none":
         return
     options = {"context_fn": _keep_products} if activations == "selective" else {}
     for block in blocks:
+        if _only_foresees(block):
+            continue
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, **options)
+
+
+def _only_foresees(block: nn.Module) -> bool:
+    """Whether auxiliary routers train in a block and nothing else."""
+    routers = [module for module in block.modules() if isinstance(module, AuxiliaryRouter)]
+    theirs = {parameter for router in routers for parameter in router.parameters() if parameter.requires_grad}
+    return bool(theirs) and theirs == {parameter for parameter in block.parameters() if parameter.requires_grad}
 
 
 def _keep_products() -> Any:

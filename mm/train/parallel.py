@@ -34,6 +34,7 @@ from mm.configure import RecipeError
 from mm.layers.context import Context, check_heads
 from mm.layers.layout import Share
 from mm.model.decoder import DecoderConfig
+from mm.model.experts import AuxiliaryRouter
 from mm.model.trainable import Trainable
 from mm.train.activation import Activations, checkpoint_blocks
 from mm.train.memory import MemoryPart, held_bytes
@@ -244,6 +245,8 @@ def parallelise(model: Trainable, world: World, dtype: torch.dtype, options: Par
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             shard(module, exact, spares)
+        if isinstance(module, AuxiliaryRouter):  # what it says has a gradient where the frozen block's output has none,
+            shard(module, policy, spares)  # and FSDP2 gathers for the backward of what a unit gives
     for module in (*blocks, model):
         shard(module, policy, spares and module not in begins_backward)
 
