@@ -32,7 +32,7 @@ from filelock import FileLock
 RESULTS = Path(__file__).with_name("moma.jsonl")
 
 WIDTH, LAYERS, FFN = 96, 4, 256
-STEPS, ROUTER_STEPS = 240, 60
+STEPS, ROUTER_STEPS = 240, 120
 TOKENS = 4096
 """Of a step."""
 
@@ -52,6 +52,12 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 MAIN = ("dense", "1t1i", "4t4i", "8 mixed")
 """Arms with three seeds."""
+
+LENGTHS = {"dense": (60, 120, 480, 720), "1t1i": (120,), "4t4i": (120,)}
+"""Further numbers of steps, each with a schedule of its own: what a dense model needs for the loss of an arm."""
+
+WEIGHTS = {"scenes": 0.7, "words": 0.3}
+"""Of the sources in training, and of their held-out losses in what counts."""
 
 
 @dataclass(frozen=True)
@@ -161,8 +167,8 @@ def recipe(job: Job, folder: Path, routers: int = ROUTER_STEPS) -> dict[str, Any
         "objective": {"_target_": "mm.objectives.next_token.NextToken", "z_loss": 1e-5},
         "data": {
             "sources": {
-                "scenes": {"card": str(scenes), "weight": 0.7, "epochs": 1},
-                "words": {"card": str(words), "weight": 0.3, "epochs": 1},
+                "scenes": {"card": str(scenes), "weight": WEIGHTS["scenes"], "epochs": 1},
+                "words": {"card": str(words), "weight": WEIGHTS["words"], "epochs": 1},
             },
             "validation": {
                 "scenes": {"card": str(scenes), "split": "validation"},
@@ -208,7 +214,7 @@ def run(job: Job, folder: Path) -> None:
     result |= measured(folder / "runs" / job.name, job.steps)
     with FileLock(f"{RESULTS}.lock"), RESULTS.open("a") as file:
         file.write(json.dumps(result) + "\n")
-    print(f"{job.name}: {processor:.0f} CPU seconds, held-out loss {result['held_out']['loss']:.4f}", flush=True)
+    print(f"{job.name}: {processor:.0f} CPU seconds, held-out loss {endpoint(result):.4f}", flush=True)
 
 
 TIMED = """
@@ -253,24 +259,53 @@ def losses(figures: dict[str, float], prefix: str) -> dict[str, float]:
 
 
 def jobs(results: Sequence[dict[str, Any]]) -> Iterator[Job]:
-    """The runs that are wanted: every arm at every rate, then the main arms with the best of them and other seeds."""
-    for arm in ARMS:
-        for rate in RATES:
-            yield Job(arm, rate, SEEDS[0])
+    """The runs that are wanted.
+
+    The main arms at every rate, then with the best rate other seeds and other numbers of steps; then the controls at
+    every rate. The rates of an arm go on until the best one lies between two others.
+    """
+    for arm in MAIN:
+        yield from (Job(arm, rate, SEEDS[0]) for rate in rates(results, arm))
+    best = {arm: rate for arm in MAIN if (rate := best_rate(results, arm)) is not None}
     for seed in SEEDS[1:]:
-        for arm in MAIN:
-            if (rate := best_rate(results, arm)) is not None:
-                yield Job(arm, rate, seed)
+        yield from (Job(arm, rate, seed) for arm, rate in best.items())
+    for arm, lengths in LENGTHS.items():
+        yield from (Job(arm, best[arm], SEEDS[0], steps) for steps in lengths if arm in best)
+    for arm in ARMS:
+        if arm not in MAIN:
+            yield from (Job(arm, rate, SEEDS[0]) for rate in rates(results, arm))
+
+
+def rates(results: Iterable[dict[str, Any]], arm: str) -> list[float]:
+    """The learning rates to try for an arm, as far as can be said with what is known."""
+    wanted = set(RATES)
+    found = tried(results, arm)
+    if wanted <= found.keys():
+        best = min(found, key=lambda rate: found[rate])
+        wanted |= found.keys()
+        wanted |= {float(f"{3 * best:.1g}")} if best == max(found) else set()
+        wanted |= {float(f"{best / 3:.1g}")} if best == min(found) else set()
+    return sorted(wanted)
 
 
 def best_rate(results: Iterable[dict[str, Any]], arm: str) -> float | None:
     """The rate with the lowest held-out loss, where all were tried."""
-    of_arm = {
-        one["rate"]: one["held_out"]["loss"]
+    found = tried(results, arm)
+    return min(found, key=lambda rate: found[rate]) if set(rates(results, arm)) <= found.keys() else None
+
+
+def tried(results: Iterable[dict[str, Any]], arm: str) -> dict[float, float]:
+    """What counts, by rate, of the runs of an arm that choose its rate."""
+    return {
+        one["rate"]: endpoint(one)
         for one in results
         if one["arm"] == arm and one["seed"] == SEEDS[0] and one["steps"] == STEPS
     }
-    return min(of_arm, key=lambda rate: of_arm[rate]) if set(RATES) <= of_arm.keys() else None
+
+
+def endpoint(result: dict[str, Any], kind: str = "held_out") -> float:
+    """What counts: the held-out losses of the sources with their weights in training. It was fixed before any run."""
+    return sum(weight * result[kind][f"source/{source}"] for source, weight in WEIGHTS.items())
 
 
 def read_results() -> list[dict[str, Any]]:
