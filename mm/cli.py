@@ -149,8 +149,8 @@ def train(
 
     steps = Steps.parse(profile) if profile is not None else None
     # Under torchrun, whoever fails first is named, with its traceback, among those that fail because of it.
-    checkpoint = record(train_recipe)(Recipe.load(recipe, overrides or []), steps)
-    if local_world()[0] == 0:
+    checkpoint = record(train_recipe)(Recipe.load(recipe, overrides or []), steps)  # None where it was asked to stop
+    if checkpoint and local_world()[0] == 0:
         console.print(f"[bold]done[/bold], the last checkpoint is {checkpoint}", soft_wrap=True)
 
 

@@ -7,17 +7,27 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 from filelock import FileLock
 
 from mm.tokenizers.text import TextTokenizer
 from tests.small_world import FORMS, fork_run, train_here, train_together, write_recipe, write_source, write_tokenizer
 
 LONG = ("steps=200", "save_every=100", "validate_every=100", "packing.batch=2")
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """On a busy machine threads that wait for each other cost more than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

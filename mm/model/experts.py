@@ -32,6 +32,8 @@ ALL = "all"
 
 Router = Literal["expert_choice", "token_choice"]
 Gate = Literal["after_norm", "before_norm"]
+Scope = Literal["pack", "batch"]
+By = Literal["modality", "hash"]
 
 
 @dataclass(frozen=True)
@@ -60,22 +62,23 @@ class Experts:
     top: int = 1
     balance: float = 0.01
     noise: bool = False
-    scope: Literal["pack", "batch"] = "pack"
+    scope: Scope = "pack"
     gate: Gate = "after_norm"
     auxiliary: bool = False
-    by: Literal["modality", "hash"] = "modality"
+    by: By = "modality"
 
     def __post_init__(self) -> None:
-        allowed = [modality.label for modality in Modality]
+        for option, values in (("router", Router), ("gate", Gate), ("scope", Scope), ("by", By)):
+            if getattr(self, option) not in get_args(values):
+                allowed = ", ".join(get_args(values))
+                raise ValueError(f"experts.{option} is {getattr(self, option)!r}; allowed: {allowed}")
+        modalities = [modality.label for modality in Modality]
         names = list(self.groups)
-        if self.by == "modality" and names != [ALL] and (not names or set(names) - set(allowed)):
-            raise ValueError(f"experts.groups has {names}; expected some of {', '.join(allowed)}, or only {ALL}")
+        if self.by == "modality" and names != [ALL] and (not names or set(names) - set(modalities)):
+            raise ValueError(f"experts.groups has {names}; expected some of {', '.join(modalities)}, or only {ALL}")
         for name, count in self.groups.items():
             if count < 1:
                 raise ValueError(f"experts.groups.{name} is {count}; expected at least 1")
-        for option, values in (("router", get_args(Router)), ("gate", get_args(Gate)), ("scope", ("pack", "batch"))):
-            if getattr(self, option) not in values:
-                raise ValueError(f"experts.{option} is {getattr(self, option)!r}; allowed: {', '.join(values)}")
         if self.router == "token_choice" and self.top > min(self.groups.values()):
             raise ValueError(
                 f"experts.top is {self.top} and the smallest group has {min(self.groups.values())} experts"
@@ -90,7 +93,10 @@ class Experts:
 
     @property
     def active(self) -> float:
-        """Experts that a token goes through on average."""
+        """Experts that a token goes through on average.
+
+        FLOPs are counted by it: wrongly for a group of one expert where `capacity` is not 1.
+        """
         return self.capacity if self.router == "expert_choice" else float(self.top)
 
     def group_of(self, tokens: Tensor, modality: Tensor) -> Tensor:

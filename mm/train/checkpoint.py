@@ -132,8 +132,11 @@ def fits(path: Path, model: nn.Module) -> bool:
     return True
 
 
-def load_beginning(path: Path, model: nn.Module) -> None:
+def load_beginning(path: Path, model: nn.Module) -> bool:
     """Load weights of the same architecture, or of a smaller one that grows into the model, into an unsharded model.
+
+    Returns:
+        Whether they grew.
 
     Raises:
         CheckpointError: as `load_weights`, and `mm.model.upcycle` has no rule for the difference.
@@ -145,6 +148,8 @@ def load_beginning(path: Path, model: nn.Module) -> None:
             upcycle(_read_weights(path), model)
         except NotUpcyclable as reason:
             raise CheckpointError(f"{error}\nIt cannot be upcycled either:\n{reason}") from error
+        return True
+    return False
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:

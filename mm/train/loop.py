@@ -122,20 +122,19 @@ def run(
     recipe, data, held_out = stage.recipe, stage.data, stage.held_out
     folder, objective = recipe.folder, configure.build(recipe.objective, Objective)
     dtype = resolve_precision(recipe.precision, world.device)
-    resumed = saver.last
+    last = saver.last
 
-    saved = checkpoint.read_position(resumed) if resumed else None
+    saved = checkpoint.read_position(last) if last else None
     begins = saved is not None and len(saved.finished) < stage.number
     torch.manual_seed(recipe.seed)
     model = build_trainable(recipe.model, meta=not world.is_first).train()  # `build_engine` gives others their weights
     objective.prepare(model)
-    if begins and resumed and not checkpoint.fits(resumed, model):
-        resumed, start = None, resumed  # another architecture: weights go on where they can, moments do not
-    else:
-        start = checkpoint.find(recipe.init_from) if recipe.init_from else None
+    grows = begins and last is not None and not checkpoint.fits(last, model)
+    resumed = None if grows else last  # into another architecture go weights alone
+    start = last if grows else checkpoint.find(recipe.init_from) if recipe.init_from else None
     if world.is_first and not resumed:
-        if start:
-            checkpoint.load_beginning(start, model)
+        if start and checkpoint.load_beginning(start, model):
+            print(f"the weights of {start} grow into another architecture; moments start anew (docs/moma.md)")
         if recipe.warm_start and not saved:
             batches = first_packs(data, recipe.warm_start.packs, world.device)
             assert isinstance(model, MultimodalLM)  # `Recipe` has seen to it
