@@ -1,10 +1,11 @@
-"""Causal attention inside each document of a flat stream, with grouped queries, and the backends that compute it.
+"""Attention inside each document of a flat stream, with grouped queries, and the backends that compute it.
 
     q (T, H, d) ─┐
     k (T, K, d) ─┼─ attend(layout) ─▶ (T, H, d)      query head h reads key head h // (H/K)
     v (T, K, d) ─┘
 
-All backends give the same result; `BACKENDS` lists them in the order in which ``backend="auto"`` tries them.
+It is causal but for the branches and spans of a `Layout`. All backends give the same result; `BACKENDS` lists them in
+the order in which ``backend="auto"`` tries them.
 """
 
 from __future__ import annotations
@@ -31,24 +32,24 @@ class Backend:
     """One way to compute attention.
 
     run: (q, k, v, layout) -> (T, H, d)
-    branches: whether it honours `Layout.branches`; a backend that would ignore them is refused
+    masks: whether it honours the branches and spans of a layout; a backend that would ignore them is refused
     devices: device types that it runs on
     dtypes: dtypes that it takes
     """
 
     run: Callable[[Tensor, Tensor, Tensor, Layout], Tensor]
-    branches: bool = False
+    masks: bool = False
     devices: tuple[str, ...] = ("cpu", "cuda")
     dtypes: tuple[torch.dtype, ...] = EVERY
 
     def takes(self, q: Tensor, layout: Layout) -> bool:
-        branches = self.branches or layout.branches is None
-        return branches and q.device.type in self.devices and q.dtype in self.dtypes
+        honours = self.masks or layout.is_plain
+        return honours and q.device.type in self.devices and q.dtype in self.dtypes
 
 
 @torch.compiler.disable(reason="the calls follow the lengths of documents, which differ in every batch")
 def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, backend: str = "auto") -> Tensor:
-    """Causal attention within each document, scores scaled by d^-½.
+    """Attention within each document, causal but for branches and spans, scores scaled by d^-½.
 
     Args:
         q: (T, H, d) queries.
@@ -73,7 +74,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, backend: str = "auto
     able = [name for name, candidate in BACKENDS.items() if candidate.takes(q, layout)]
     chosen = able[0] if backend == "auto" else backend
     if chosen not in able:
-        kind = f"{q.dtype} on {q.device.type}" + (" with branches" if layout.branches is not None else "")
+        marks = {"branches": layout.branches, "spans": layout.spans}
+        kind = " with ".join(
+            [f"{q.dtype} on {q.device.type}", *(name for name, mark in marks.items() if mark is not None)]
+        )
         raise ValueError(f"attention backend {backend!r} does not take {kind}; these do: {', '.join(able)}")
     return BACKENDS[chosen].run(q, k, v, layout)
 
@@ -103,8 +107,8 @@ def _documents(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
 
 
 def _masked(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
-    """One call a document, each with the mask of its branches."""
-    masks = layout.derive("branch masks", lambda: _branch_masks(layout))
+    """One call a document, each with the mask of its branches and spans."""
+    masks = layout.derive("masks", lambda: _masks(layout))
     parts = zip(*(x.transpose(0, 1).split(layout.lengths, dim=1) for x in (q, k, v)), masks, strict=True)
     outputs = [
         F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, enable_gqa=True)[0]
@@ -113,14 +117,21 @@ def _masked(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     return torch.cat(outputs, dim=1).transpose(0, 1)
 
 
-def _branch_masks(layout: Layout) -> list[Tensor]:
+def _masks(layout: Layout) -> list[Tensor]:
     """(L, L) bool for every document: whether the row's token sees the column's."""
-    branches = torch.zeros(layout.tokens, dtype=torch.int32) if layout.branches is None else layout.branches
     masks = []
-    for branch in branches.to(layout.device).split(layout.lengths):
+    for branch, span in zip(*(marks.split(layout.lengths) for marks in _marks(layout)), strict=True):
         own_or_trunk = (branch[None] == 0) | (branch[None] == branch[:, None])
-        masks.append(own_or_trunk.tril())
+        own_span = (span[None] == span[:, None]) & (span > 0)
+        masks.append(own_or_trunk.tril() | own_span)
     return masks
+
+
+def _marks(layout: Layout) -> tuple[Tensor, Tensor]:
+    """(T,) int32 branch and span of every token, on the device."""
+    none = torch.zeros(layout.tokens, dtype=torch.int32)
+    branches, spans = (none if marks is None else marks for marks in (layout.branches, layout.spans))
+    return branches.to(layout.device), spans.to(layout.device)
 
 
 @dataclass(frozen=True)
@@ -190,7 +201,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
-    """FlexAttention with the documents and branches as a block mask. On the CPU it has no gradient: for checks only."""
+    """FlexAttention with documents, branches and spans as a block mask. On the CPU it has no gradient: for checks."""
     mask = layout.derive("flex mask", lambda: _flex_mask(layout))
     attention = _compiled_flex() if q.is_cuda else flex_attention
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
@@ -204,13 +215,13 @@ def _compiled_flex() -> Callable[..., object]:
 
 def _flex_mask(layout: Layout) -> BlockMask:
     documents = layout.document_of_token
-    trunk = torch.zeros(layout.tokens, dtype=torch.int32)
-    branches = (trunk if layout.branches is None else layout.branches).to(layout.device)
+    branches, spans = _marks(layout)
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         together = documents[query] == documents[key]
         own_or_trunk = (branches[key] == 0) | (branches[key] == branches[query])
-        return together & own_or_trunk & (key <= query)
+        own_span = (spans[key] == spans[query]) & (spans[key] > 0)
+        return together & ((own_or_trunk & (key <= query)) | own_span)
 
     return create_block_mask(visible, None, None, layout.tokens, layout.tokens, device=layout.device)
 
@@ -218,8 +229,8 @@ def _flex_mask(layout: Layout) -> BlockMask:
 BACKENDS: dict[str, Backend] = {
     "varlen": Backend(_varlen, devices=("cuda",), dtypes=HALF),
     "buckets": Backend(_buckets),
-    "masked": Backend(_masked, branches=True),
-    "flex": Backend(_flex, branches=True, devices=("cuda",)),
+    "masked": Backend(_masked, masks=True),
+    "flex": Backend(_flex, masks=True, devices=("cuda",)),
     "documents": Backend(_documents),
 }
 """Backends by name, the first that takes the inputs is the default."""

@@ -66,6 +66,8 @@ class Layout:
     device: where the layers run
     branches: None, or (T,) int32 on the CPU: 0 is the document's trunk; a token of branch b > 0 sees the trunk and its
         own branch, never another. One prefix with many continuations is scored in one pass this way.
+    spans: None, or (T,) int32 on the CPU: 0 for a token that sees what came before; tokens of span s > 0 see all of
+        their span, later ones too. Numbers are unique within a document
     packs: (P + 1,) int32 on the CPU, start of every pack, then T; tokens are compared within a pack where layers choose
         among them. None: the stream is one pack
     groups: (T,) int8 on the CPU: which group of experts every token belongs to, -1 for padding, which belongs to none.
@@ -79,6 +81,7 @@ class Layout:
     packs: Tensor | None = None
     groups: Tensor | None = None
     seeds: Tensor | None = None
+    spans: Tensor | None = None
 
     @classmethod
     def of(
@@ -87,12 +90,13 @@ class Layout:
         device: torch.device | str = "cpu",
         branches: Sequence[int] | None = None,
         groups: Tensor | None = None,
+        spans: Tensor | None = None,
     ) -> Self:
         """The layout of n documents with these lengths, one after another."""
         offsets = torch.zeros(len(lengths) + 1, dtype=torch.int32)
         offsets[1:] = torch.tensor(lengths, dtype=torch.int32).cumsum(0)
         marks = None if branches is None else torch.tensor(branches, dtype=torch.int32)
-        return cls(offsets, torch.device(device), marks, groups=groups)
+        return cls(offsets, torch.device(device), marks, groups=groups, spans=spans)
 
     def derive(self, key: Hashable, build: Callable[[], Derived]) -> Derived:
         """``build()``, computed once for this layout and key: masks and indices that every layer shares."""
@@ -107,6 +111,11 @@ class Layout:
     @property
     def tokens(self) -> int:
         return int(self.offsets[-1])
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether every token sees all that came before it in its document, and nothing else."""
+        return self.branches is None and self.spans is None
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -173,6 +182,7 @@ class Layout:
             None if self.packs is None else before[self.packs.long()].int(),
             of_kept(self.groups),
             self.seeds,
+            of_kept(self.spans),
         )
         if self.seeds is not None:
             chosen.__dict__["keys"] = self.keys[kept.to(self.device)]

@@ -48,6 +48,8 @@ class DecoderConfig:
     qk_norm: normalisation of every query and key head: `rms` (Qwen3) or `layer` (Chameleon)
     norm: where a block's norms stand: before its parts (`pre`), or behind them in the residual branch (`post`, as in
         Swin v2 and Chameleon 34B: Liu et al. 2021, section 3.2)
+    media_attention: what a token of a picture or sound that enters through an encoder sees of its own item: what came
+        before (`causal`), or all of it (`bidirectional`). Codes are predicted, so they are always causal
     dropout: share of the values that are dropped behind attention and feed-forward while training
     tied: the output head is the embedding
     experts: of every modality, in place of the feed-forward
@@ -70,6 +72,7 @@ class DecoderConfig:
     mlp_bias: bool = False
     qk_norm: QKNorm = "none"
     norm: Literal["pre", "post"] = "pre"
+    media_attention: Literal["causal", "bidirectional"] = "causal"
     dropout: float = 0.0
     tied: bool = True
     experts: Experts | None = None
@@ -102,7 +105,7 @@ class DecoderConfig:
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped queries."""
+    """Self-attention with grouped queries."""
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
@@ -362,8 +365,9 @@ class Decoder(nn.Module):
     def document_flops(self, lengths: np.ndarray) -> np.ndarray:
         """(n,) float64 forward FLOPs of documents of (n,) tokens.
 
-        A multiply-add counts 2; attention counts the causal pairs only; norms, RoPE, biases and routers are left out.
-        Of what experts and layers choose, a document counts with its pack's share.
+        A multiply-add counts 2; attention counts the causal pairs only, also inside of items that see all of
+        themselves; norms, RoPE, biases and routers are left out. Of what experts and layers choose, a document counts
+        with its pack's share.
         """
         config, depth = self.config, self.config.depth
         attention = config.width * config.head_dim * (2 * config.heads + 2 * config.kv_heads)

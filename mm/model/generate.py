@@ -9,7 +9,7 @@ Both need a decoder whose output for a token does not depend on later ones (`Dec
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import NamedTuple, Self
 
@@ -36,11 +36,13 @@ class Passage:
     embeddings: (P, D), where the decoder is; in media slots what an encoder saw
     tokens: (P,) int64 ids on the CPU; the pad token in media slots
     modality: (P,) int8 on the CPU
+    spans: (P,) int32 on the CPU, see `Layout.spans`; None where attention is causal
     """
 
     embeddings: Tensor
     tokens: Tensor
     modality: Tensor
+    spans: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -55,20 +57,29 @@ class Passage:
     def joined(cls, parts: Sequence[Passage]) -> Self:
         """One behind the other."""
         columns = zip(*((part.embeddings, part.tokens, part.modality) for part in parts), strict=True)
-        return cls(*map(torch.cat, columns))
+        causal = all(part.spans is None for part in parts)
+        spans = [
+            part.modality.new_zeros(len(part), dtype=torch.int32) if part.spans is None else part.spans
+            for part in parts
+        ]
+        return cls(*map(torch.cat, columns), spans=None if causal else torch.cat(spans))
 
     def layout(self, decoder: Decoder, lengths: Sequence[int], branches: Sequence[int] | None = None) -> Layout:
         """Of these tokens as documents of these lengths."""
         experts = decoder.config.experts
         groups = None if experts is None else experts.group_of(self.tokens, self.modality)
-        return Layout.of(lengths, decoder.head_weight.device, branches, groups)
+        return Layout.of(lengths, decoder.head_weight.device, branches, groups, self.spans)
 
 
 def passages(model: MultimodalLM, batch: Batch) -> list[Passage]:
     """The documents of a batch."""
     lengths = batch.offsets.diff().tolist()
     columns = (model.embed(batch), batch.tokens.cpu(), batch.modality)
-    return [Passage(*parts) for parts in zip(*(column.split(lengths) for column in columns), strict=True)]
+    spans = model.spans(batch)
+    found = [Passage(*parts) for parts in zip(*(column.split(lengths) for column in columns), strict=True)]
+    if spans is None:
+        return found
+    return [replace(passage, spans=part) for passage, part in zip(found, spans.split(lengths), strict=True)]
 
 
 class KeyValueCache:

@@ -185,7 +185,29 @@ class MultimodalLM(Trainable):
         """Documents, packs and groups of a batch's stream."""
         experts = self.decoder.config.experts
         groups = batch.modality if experts is None else experts.group_of(batch.tokens.cpu(), batch.modality)
-        return Layout(batch.offsets, batch.tokens.device, packs=batch.packs, groups=groups, seeds=batch.seeds)
+        return Layout(
+            batch.offsets,
+            batch.tokens.device,
+            packs=batch.packs,
+            groups=groups,
+            seeds=batch.seeds,
+            spans=self.spans(batch),
+        )
+
+    def spans(self, batch: Batch) -> Tensor | None:
+        """(T,) int32 on the CPU: for every token the number of the item, from 1, that an encoder puts there, else 0.
+
+        None where attention is causal inside items too.
+        """
+        if self.decoder.config.media_attention == "causal" or not batch.media:
+            return None
+        spans, count = torch.zeros(len(batch.tokens), dtype=torch.int32), 0
+        for modality, media in batch.media.items():
+            lengths = torch.tensor([self._adapter(modality).length(grid) for grid in media.grids])
+            numbers = torch.arange(count + 1, count + 1 + len(lengths), dtype=torch.int32)
+            spans[media.slots.cpu()] = numbers.repeat_interleave(lengths)
+            count += len(lengths)
+        return spans
 
     def embed(self, batch: Batch) -> Tensor:
         """(T, D) input of the decoder: token embeddings with the media in their slots."""
@@ -278,6 +300,11 @@ def build_model(options: ModelOptions, *, meta: bool = False) -> MultimodalLM:
         decoder.attention_backend = options.decoder.attention
         for name, spec in options.encoders.items():
             encoders[_modality("encoders", name)] = _build_encoder(name, spec, config.width)
+    if config.media_attention == "bidirectional" and not encoders:
+        raise RecipeError(
+            "model.decoder.config.media_attention is bidirectional and the model has no encoders, whose tokens it is "
+            "for: leave it out"
+        )
     return MultimodalLM(decoder, encoders)
 
 

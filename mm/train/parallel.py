@@ -263,10 +263,11 @@ def join_context(config: DecoderConfig, world: World, size: int) -> Context | No
         check_heads(size, config.heads, config.kv_heads)
     except ValueError as error:
         raise RecipeError(f"parallel.context is {size}: {error}") from error
-    if config.experts is not None or config.depth is not None or config.dropout:
+    whole = (config.experts, config.depth, config.dropout, config.media_attention == "bidirectional")
+    if any(whole):
         raise RecipeError(
-            f"parallel.context is {size}, and experts, depth routing and dropout need all tokens of a pack on one "
-            "device: set it to 1"
+            f"parallel.context is {size}, and experts, depth routing, dropout and bidirectional media need all tokens "
+            "of a pack on one device: set it to 1"
         )
     mesh = init_device_mesh(world.device.type, (world.size // size, size), mesh_dim_names=("reader", "context"))
     return Context(size, mesh.get_group("context"))
