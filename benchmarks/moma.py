@@ -1,6 +1,6 @@
 """Modality experts against dense models of the same FLOPs a token: a sweep over arms, learning rates and seeds.
 
-    scenes, dictionary ─▶ BPE, image tokenizer, codes ─▶ one run an (arm, rate, seed, steps) ─▶ results.jsonl ─▶ table
+    scenes, dictionary ─▶ BPE, image tokenizer, codes ─▶ one run an (arm, rate, seed, steps) ─▶ moma.jsonl
 
 Every run sees a stream of samples of which none comes twice: composed scenes with true captions, in both orders, and
 entries of a dictionary. A run has two stages: the arm trains; then, where experts or layers choose among later tokens,
@@ -8,7 +8,7 @@ auxiliary routers learn to do it causally. What counts is the loss on held-out s
 
     python -m benchmarks.moma prepare FOLDER     corpora, tokenizers and codes: some minutes, once
     python -m benchmarks.moma sweep FOLDER       all runs, two at a time; repeated, it goes on
-    python -m benchmarks.moma table              what results.jsonl holds
+    python -m benchmarks.moma_table              what came out, as a table and a plot
 """
 
 from __future__ import annotations
@@ -133,19 +133,7 @@ def tokenizer(folder: Path) -> dict[str, Any]:
 
 def recipe(job: Job, folder: Path, routers: int = ROUTER_STEPS) -> dict[str, Any]:
     """The recipe of a run."""
-    arm = copy.deepcopy(ARMS[job.arm])
-    decoder = {
-        "vocabulary": 1024 + 2 + 512,
-        "width": WIDTH,
-        "layers": LAYERS,
-        "heads": WIDTH // 32,
-        "kv_heads": WIDTH // 32,
-        "head_dim": 32,
-        "ffn": FFN,
-        "context": 1024,
-        "qk_norm": "layer",
-        "tied": False,
-    } | arm
+    arm = ARMS[job.arm]
     stages: list[dict[str, Any]] = [{"steps": job.steps}]
     if couples(arm):
         causal = {"experts": {"auxiliary": True}} | ({"depth": {"auxiliary": True}} if "depth" in arm else {})
@@ -162,7 +150,7 @@ def recipe(job: Job, folder: Path, routers: int = ROUTER_STEPS) -> dict[str, Any
         "name": job.name,
         "run": str(folder / "runs" / job.name),
         "seed": job.seed,
-        "model": {"decoder": {"config": decoder}, "tokenizers": {"image": tokenizer(folder)}},
+        "model": {"decoder": {"config": decoder(job.arm)}, "tokenizers": {"image": tokenizer(folder)}},
         "tokenizer": {"path": str(folder / "bpe")},
         "objective": {"_target_": "mm.objectives.next_token.NextToken", "z_loss": 1e-5},
         "data": {
@@ -186,6 +174,22 @@ def recipe(job: Job, folder: Path, routers: int = ROUTER_STEPS) -> dict[str, Any
         "keep": 1,
         "stages": stages,
     }
+
+
+def decoder(arm: str) -> dict[str, Any]:
+    """The sizes of an arm's decoder."""
+    return {
+        "vocabulary": 1024 + 2 + 512,
+        "width": WIDTH,
+        "layers": LAYERS,
+        "heads": WIDTH // 32,
+        "kv_heads": WIDTH // 32,
+        "head_dim": 32,
+        "ffn": FFN,
+        "context": 1024,
+        "qk_norm": "layer",
+        "tied": False,
+    } | copy.deepcopy(ARMS[arm])
 
 
 def couples(arm: dict[str, Any]) -> bool:

@@ -18,6 +18,7 @@ from mm.model.experts import ALL, Experts
 from mm.model.hub import save_decoder
 from mm.model.multimodal import DecoderOptions
 from mm.model.upcycle import NotUpcyclable, upcycle, upcycled
+from mm.report.run import report_of_run
 from mm.train.checkpoint import CheckpointError
 from tests.small_world import DECODER, losses, seen, train_here, train_together
 
@@ -150,13 +151,14 @@ def whole(staged: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_stage_with_more_experts_goes_on_with_weights_and_data(whole: Path) -> None:
-    assert list(losses(whole)) == list(range(1, 26))
+    assert list(losses(whole)) == list(range(1, 6))
+    assert list(losses(whole, "loss/routers")) == list(range(6, 26))
     packs = [pack for step, packs in seen(whole).items() if step <= 11 for pack in packs]  # then an epoch ends
     assert len(packs) == len(set(packs)), "samples were seen twice"
 
 
 def test_auxiliary_routers_learn_and_nothing_else_does(whole: Path) -> None:
-    learnt = losses(whole)
+    learnt = losses(whole, "loss/routers")
     assert learnt[25] < 0.8 * learnt[6]
     final = json.loads((whole / "metrics.jsonl").read_text().splitlines()[-1])
     before = json.loads((whole / "metrics.jsonl").read_text().splitlines()[4])
@@ -171,7 +173,17 @@ def test_a_run_that_was_stopped_between_the_stages_goes_on_alike(staged: Path, w
     short = tmp_path / "recipe.yaml"
     short.write_text(yaml.safe_dump(first | {"stages": first["stages"][:1]}, sort_keys=False))
     train_here(short, f"run={tmp_path / 'run'}")
-    assert losses(train_here(staged, f"run={tmp_path / 'run'}")) == losses(whole)
+    resumed = train_here(staged, f"run={tmp_path / 'run'}")
+    for figure in ("loss", "loss/routers"):
+        assert losses(resumed, figure) == losses(whole, figure)
+
+
+def test_the_report_tells_what_foreseeing_costs_and_keeps_the_two_losses_apart(whole: Path) -> None:
+    page = report_of_run(whole)
+    assert "Auxiliary routers agree with the choice" in page
+    assert "Validation loss where experts look ahead" in page
+    trained = losses(whole)
+    assert f"{trained[1]:.3f} → {trained[5]:.3f}" in page
 
 
 def test_another_architecture_without_a_rule_is_refused_with_both_reasons(
@@ -193,5 +205,6 @@ def test_two_processes_go_through_the_stages_as_one_does(
 ) -> None:
     """Auxiliary routers train inside of frozen blocks, whose outputs have no gradient that sharding could wait for."""
     train_together(tmp_path, 2, [[str(staged), f"run={tmp_path / 'run'}", option]])
-    assert losses(tmp_path / "run") == pytest.approx(losses(whole), rel=1e-4)
+    for figure in ("loss", "loss/routers"):
+        assert losses(tmp_path / "run", figure) == pytest.approx(losses(whole, figure), rel=1e-4)
     assert losses(tmp_path / "run", "gradient_norm") == pytest.approx(losses(whole, "gradient_norm"), rel=1e-3)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,13 @@ class Examined(NamedTuple):
 
 class Objective(ABC):
     """`objective:` of a recipe. Denominators are sums over all micro-batches of all ranks of a step, so that packing,
-    accumulation and world size do not change the optimum."""
+    accumulation and world size do not change the optimum.
+
+    total: which of its losses is minimised. Reports call ``total`` the loss of the run; another name is for one that
+        must not be taken for it
+    """
+
+    total: ClassVar[str] = "total"
 
     def prepare(self, model: Trainable) -> None:  # noqa: B027  (most objectives ask for nothing)
         """Tell the model what will be asked of it, before it is sharded.
@@ -42,7 +48,7 @@ class Objective(ABC):
 
     @abstractmethod
     def losses(self, sources: Sequence[str]) -> list[str]:
-        """Names of all losses that can occur, ``total`` and others, the same on every rank."""
+        """Names of all losses that can occur, `total` and others, the same on every rank."""
 
     @abstractmethod
     def weights(self, batches: Sequence[Batch]) -> dict[str, float]:

@@ -32,7 +32,7 @@ class AuxiliaryRouters(Objective):
     L = Σ over routers, tokens and their choices of the binary cross-entropy / Σ tokens
     """
 
-    name = "routers"
+    name = total = "routers"
 
     def prepare(self, model: Trainable) -> None:
         if not isinstance(model, MultimodalLM) or not (model.decoder.config.couples and model.decoder.config.is_causal):
@@ -43,7 +43,7 @@ class AuxiliaryRouters(Objective):
         model.decoder.draws = False  # what is to be foreseen is the choice without noise
 
     def losses(self, sources: Sequence[str]) -> list[str]:
-        return ["total"]
+        return [self.total]
 
     def weights(self, batches: Sequence[Batch]) -> dict[str, float]:
         """Tokens that are no padding."""
@@ -55,7 +55,7 @@ class AuxiliaryRouters(Objective):
         predicted: Any = model(batch)
         total = torch.stack([loss for loss, *_ in predicted.reports.imitation]).sum()
         weight = torch.tensor(float(batch.real_tokens), dtype=torch.float64, device=total.device)
-        return total / max(denominators[self.name], 1e-12), {"total": (total.detach().double(), weight)}
+        return total / max(denominators[self.name], 1e-12), {self.total: (total.detach().double(), weight)}
 
     def examine(self, model: nn.Module, batch: Batch, sources: Sequence[str]) -> Examined:
         """Next-token losses by auxiliary routers and by choice, and how often the two agree."""

@@ -42,12 +42,15 @@ ROWS = {
 }
 """Rows of `FIGURES` that are bars: what they are called here, and their kind."""
 
-OF_TOKENIZERS: dict[str, tuple[str, Callable[[float], str]]] = {
+OF_SOME_RUNS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "expert_choice/validation_loss": ("Validation loss where experts look ahead", "{:.3f}".format),
+    "router_agreement": ("Auxiliary routers agree with the choice", percent),
+    "loss/routers": ("Loss of auxiliary routers", "{:.3f}".format),
     "validation/psnr": ("PSNR of reconstructions", "{:.2f} dB".format),
     "validation/utilisation": ("Codes that occur", percent),
     "validation/perplexity": ("Perplexity of codes", "{:.1f}".format),
 }
-"""Figures of the validation of a tokenizer: what they are called here, and how they are written."""
+"""Figures of runs with auxiliary routers, and of tokenizers: what they are called here, and how they are written."""
 
 PANELS = (("All questions", ""), ("Easy", "easy"), ("Hard", "hard"))
 
@@ -191,7 +194,7 @@ def _facts(histories: Sequence[History]) -> dict[str, list[str]]:
     rows["Training loss, first → last"] = [_ends(history.points("loss")) for history in histories]
     if any(history.points("validation_loss") for history in histories):
         rows["Validation loss, first → last"] = [_ends(history.points("validation_loss")) for history in histories]
-    for name, (label, value) in OF_TOKENIZERS.items():
+    for name, (label, value) in OF_SOME_RUNS.items():
         if any(history.points(name) for history in histories):
             rows[f"{label}, first → last"] = [_ends(history.points(name), value) for history in histories]
     if any(history.events for history in histories):

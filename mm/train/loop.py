@@ -190,7 +190,7 @@ def run(
                     loss, parts = objective.loss(engine.model, batch, denominators, data.names)
                 with meter.timed("backward"):
                     engine.backward(loss)
-                totals.append(parts["total"])
+                totals.append(parts[objective.total])
                 meter.add_losses(parts)
                 meter.add_batch(
                     batch.real_tokens, len(batch.packs[1:]) * recipe.packing.capacity // share.count, model.flops(batch)
