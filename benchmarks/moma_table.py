@@ -34,8 +34,8 @@ SMOOTH = 6
 DOCUMENT = 96
 """Tokens of a document for which FLOPs are counted."""
 
-PAPER = {"1t1i": "1.3", "4t4i": "3.7 (text 2.6, image 5.2)", "8 mixed": "3.0 (2.5, 3.5)", "4t4i, depth": "4.2"}
-"""η of the training loss at 1.4B and 1 trillion tokens (arXiv 2407.21770, section 4)."""
+PAPER = {"4t4i": "3.7 (2.6, 5.2)", "8 mixed": "3.0 (3.0, 2.8)", "4t4i, depth": "4.2 (3.4, 5.3)"}
+"""η of the training loss at 1.4B and a trillion tokens, in all, of text, of images (arXiv 2407.21770, abstract)."""
 
 Measure = Callable[[Result], float]
 
@@ -158,10 +158,8 @@ def plot(results: Sequence[Result], path: Path) -> None:
             below = [statistics.mean(values) - min(values) for values in found]
             above = [max(values) - statistics.mean(values) for values in found]
             flops = [length * Sizes(arm).flops / unit for length in steps]
-            style = {"color": "black", "zorder": 0} if arm == "dense" else {"color": f"C{number}"}
-            axes.errorbar(
-                flops, means, [below, above], marker="o", markersize=4, capsize=2, linewidth=1, label=arm, **style
-            )
+            color = "black" if arm == "dense" else f"C{number}"
+            axes.errorbar(flops, means, [below, above], marker="o", capsize=2, linewidth=1, label=arm, color=color)
         axes.set(xscale="log", xlabel="FLOPs (1: the dense model's 240 steps)", title=f"{name}", ylabel="held-out loss")
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].legend(fontsize=7, frameon=False)
