@@ -6,7 +6,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-slow lint format demo pins
+.PHONY: help venv test test-slow lint format demo demo-moma pins
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ format: $(INSTALLED)  ## put the code into the common format
 
 demo: $(INSTALLED)  ## train a small vision-language model on this machine and look at what it learned
 	$(BIN)/mm demo
+
+demo-moma: $(INSTALLED)  ## compare experts with dense models, small, and train one that draws
+	$(BIN)/python -m benchmarks.moma demo
 
 pins:  ## write the versions that .venv holds into constraints.txt
 	{ sed '/^[^#]/,$$d' constraints.txt; $(BIN)/pip freeze --exclude-editable; } > .pins

@@ -9,6 +9,7 @@ auxiliary routers learn to do it causally. What counts is the loss on held-out s
     python -m benchmarks.moma prepare FOLDER     corpora, tokenizers and codes: some minutes, once
     python -m benchmarks.moma sweep FOLDER       all runs, two at a time; repeated, it goes on
     python -m benchmarks.moma_table              what came out, as a table and a plot
+    python -m benchmarks.moma demo               a small version, and a model that draws: a quarter of an hour
 """
 
 from __future__ import annotations
@@ -88,7 +89,6 @@ def prepare(folder: Path, dictionary: Path | None) -> None:
     once(scenes, "data", "build", "scenes", str(scenes), "samples=30000")
     source = ("python-docs", ()) if dictionary is None else ("gcide", (f"source={dictionary}",))
     once(words, "data", "build", source[0], str(words), *source[1])
-    write_orders(scenes)
     cards = [str(scenes / "card.yaml"), str(words / "card.yaml")]
     once(folder / "bpe", "data", "bpe", *cards, "--size", "1024", "--out", str(folder / "bpe"))
     pictures = [f"data.{part}.pictures.card={scenes / 'card.yaml'}" for part in ("sources", "validation")]
@@ -107,14 +107,6 @@ def once(product: Path, *arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "mm", *arguments], check=True)
     if not product.exists():
         product.touch()
-
-
-def write_orders(scenes: Path) -> None:
-    """The card of the scenes with the picture first half of the time, and the words in the other half."""
-    card = yaml.safe_load((scenes / "card.yaml").read_text())
-    orders = [{"p": 0.5, "parts": ["image", "text"]}, {"p": 0.5, "parts": ["text", "image"]}]
-    card["sample"] = {"parts": card["sample"], "orders": orders}
-    (scenes / "orders.yaml").write_text(yaml.safe_dump(card, sort_keys=False))
 
 
 def write_tokenizer(folder: Path) -> Path:
@@ -199,7 +191,7 @@ def couples(arm: dict[str, Any]) -> bool:
     return chooses or "depth" in arm
 
 
-def run(job: Job, folder: Path) -> None:
+def run(job: Job, folder: Path, results: Path) -> None:
     """Train, and append what came out to the results."""
     path = folder / "recipes" / f"{job.name}.yaml"
     path.parent.mkdir(exist_ok=True)
@@ -216,7 +208,7 @@ def run(job: Job, folder: Path) -> None:
     processor = float(log.read_text().rpartition("CPU seconds ")[2].split()[0])
     result = asdict(job) | {"cpu_seconds": round(processor), "wall_seconds": round(time.time() - begin)}
     result |= measured(folder / "runs" / job.name, job.steps)
-    with FileLock(f"{RESULTS}.lock"), RESULTS.open("a") as file:
+    with FileLock(f"{results}.lock"), results.open("a") as file:
         file.write(json.dumps(result) + "\n")
     print(f"{job.name}: {processor:.0f} CPU seconds, held-out loss {endpoint(result):.4f}", flush=True)
 
@@ -312,27 +304,53 @@ def endpoint(result: dict[str, Any], kind: str = "held_out") -> float:
     return sum(weight * result[kind][f"source/{source}"] for source, weight in WEIGHTS.items())
 
 
-def read_results() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+def read_results(path: Path = RESULTS) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def missing() -> list[Job]:
-    results = read_results()
+def missing(wanted: Iterable[Job], results: Iterable[dict[str, Any]]) -> list[Job]:
     done = {Job(one["arm"], one["rate"], one["seed"], one["steps"]) for one in results}
-    return [job for job in jobs(results) if job not in done]
+    return [job for job in wanted if job not in done]
 
 
 def sweep(folder: Path, parallel: int, budget: float) -> None:
     """Runs what is missing, so many at once, and starts none after `budget` minutes."""
     end = time.time() + 60 * budget
-    while (wanted := missing()) and time.time() < end:
+    while (todo := missing(jobs(results := read_results()), results)) and time.time() < end:
         with ThreadPoolExecutor(parallel) as pool:
-            list(pool.map(lambda job: run(job, folder) if time.time() < end else None, wanted))
+            list(pool.map(lambda job: run(job, folder, RESULTS) if time.time() < end else None, todo))
+
+
+# ----------------------------------------------------------------------------------------------------------- the demo
+
+DEMO = Path("runs/demo-moma")
+"""Where `train/moma-cpu.yaml` expects what it reads."""
+
+DEMO_JOBS = [Job("dense", 9e-3, 0, 60), *(Job(arm, 9e-3, 0, 120) for arm in ("dense", "1t1i", "4t4i"))]
+
+
+def demo() -> None:
+    """Three arms for 120 steps each, then a larger model that draws and describes, and its report."""
+    folder, results = DEMO.absolute(), DEMO.absolute() / "results.jsonl"
+    prepare(folder, None)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda job: run(job, folder, results), missing(DEMO_JOBS, read_results(results))))
+    once(folder / "moma-done", "train", "train/moma-cpu.yaml", f"run={DEMO / 'moma-cpu'}")
+    report = DEMO / "report.html"
+    subprocess.run([sys.executable, "-m", "mm", "report", DEMO / "moma-cpu", report, "--samples", "24"], check=True)
+    print(f"\n{'':12}{'steps':>6}{'held-out loss':>15}{'text':>8}{'image':>8}{'experts look ahead':>20}")
+    for one in read_results(results):
+        loss, parts = endpoint(one), one["held_out"]
+        ahead = f"{endpoint(one, 'by_choice'):>20.3f}" if "by_choice" in one else ""
+        modalities = f"{parts['modality/text']:>8.3f}{parts['modality/image']:>8.3f}"
+        print(f"{one['arm']:12}{one['steps']:>6}{loss:>15.3f}{modalities}{ahead}")
+    print(f"\nDocs: docs/moma.md. What the larger model draws and says: {report}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("demo")
     for name in ("prepare", "sweep"):
         command = commands.add_parser(name)
         command.add_argument("folder", type=Path)
@@ -340,7 +358,9 @@ def main() -> None:
     commands.choices["sweep"].add_argument("--parallel", type=int, default=2)
     commands.choices["sweep"].add_argument("--minutes", type=float, default=1e9, help="start no run after that")
     options = parser.parse_args()
-    if options.command == "prepare":
+    if options.command == "demo":
+        demo()
+    elif options.command == "prepare":
         prepare(options.folder.absolute(), options.dictionary)
     else:
         sweep(options.folder.absolute(), options.parallel, options.minutes)

@@ -24,6 +24,7 @@ from mm.data.sources.writer import Member, Report, remove_shards, shard_path, wr
 
 DEMO = Path(__file__).parents[4] / "data_cards" / "demo"
 SAMPLE = [{"image": "webp"}, {"text": "json.caption"}]
+ORDERS = [{"p": 0.5, "parts": ["image", "text"]}, {"p": 0.5, "parts": ["text", "image"]}]
 CARD = {
     "name": "scenes",
     "licence": "public domain, as the drawings that the scenes are made of",
@@ -63,7 +64,7 @@ def build(
     """What was written. More samples of the same seed begin with the same ones.
 
     Args:
-        out: folder for the shards and ``card.yaml``.
+        out: folder for the shards, ``card.yaml``, and ``orders.yaml`` with the words first in half of the samples.
         samples: scenes to train on.
         validation: new scenes of combinations that train has.
         heldout: scenes with combinations that train never has, for any seed and any number of samples.
@@ -102,10 +103,10 @@ def build(
     }
     origin = f"`mm data build scenes OUT samples={samples} size={size} seed={seed}` from data_cards/demo/card.yaml"
     statistics = {split: {"samples": count} for split, count in counts.items()}
-    write_card(
-        out / "card.yaml",
-        {**CARD, "origin": origin, "splits": list(counts), "sample": SAMPLE, "statistics": statistics},
-    )
+    cards = {"card.yaml": SAMPLE, "orders.yaml": {"parts": SAMPLE, "orders": ORDERS}}
+    for name, sample in cards.items():
+        facts = {"origin": origin, "splits": list(counts), "sample": sample, "statistics": statistics}
+        write_card(out / name, {**CARD, **facts})
     return Report(counts)
 
 
