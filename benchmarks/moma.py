@@ -50,11 +50,15 @@ ARMS: dict[str, dict[str, Any]] = {
     "4+4 by hash": {"experts": {"groups": {"one": 4, "other": 4}, "by": "hash"}},
     "4t4i, token choice": {"experts": {"groups": {"text": 4, "image": 4}, "router": "token_choice"}},
     "dense, equal parameters": {"ffn": 8 * FFN},
+    "4t4i from 1t1i": {"experts": {"groups": {"text": 4, "image": 4}}},
 }
+UPCYCLED = "4t4i from 1t1i"
+"""Begins with one expert a modality for a quarter of its steps."""
+
 MAIN = ("dense", "1t1i", "4t4i", "8 mixed")
 """Arms with three seeds."""
 
-LENGTHS = {"dense": (60, 120, 480, 720), "1t1i": (120,), "4t4i": (120,)}
+LENGTHS = {"dense": (60, 120, 480, 720), "1t1i": (120, 480), "4t4i": (120, 480)}
 """Further numbers of steps, each with a schedule of its own: what a dense model needs for the loss of an arm."""
 
 WEIGHTS = {"scenes": 0.7, "words": 0.3}
@@ -127,6 +131,10 @@ def recipe(job: Job, folder: Path, routers: int = ROUTER_STEPS) -> dict[str, Any
     """The recipe of a run."""
     arm = ARMS[job.arm]
     stages: list[dict[str, Any]] = [{"steps": job.steps}]
+    if job.arm == UPCYCLED:
+        one = {"model": {"decoder": {"config": {"experts": {"groups": {"text": 1, "image": 1}}}}}}
+        first = {"steps": job.steps // 4, "schedule": {"floor": 1.0}, **one}
+        stages = [first, {"steps": job.steps - job.steps // 4}]
     if couples(arm):
         causal = {"experts": {"auxiliary": True}} | ({"depth": {"auxiliary": True}} if "depth" in arm else {})
         stages.append(
