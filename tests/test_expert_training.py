@@ -111,7 +111,7 @@ def test_compiled_blocks_with_experts_need_few_compilations(
     """Experts take another number of tokens in every batch: that number is a variable of the compiled code."""
     one = recipes["untied"]
     eager = losses(train_here(one, f"run={tmp_path / 'eager'}", "steps=8", "micro_batch=1"))
-    with dynamo_config.patch(fail_on_recompile_limit_hit=True):
+    with dynamo_config.patch(fail_on_recompile_limit_hit=True):  # a limit that `compile_blocks` raises
         compiled = losses(
             train_here(one, f"run={tmp_path / 'compiled'}", "steps=8", "micro_batch=1", "parallel.compile=true")
         )

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
+from torch._dynamo import config as dynamo_config
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -301,11 +302,17 @@ def receive(tensors: Iterable[Tensor], world: World) -> None:
             dist.broadcast(tensor.data, src=0)
 
 
+VARIANTS = 64
+"""Most variants of a function that are compiled before it is left as it is; torch's 8 are too few for experts, with one
+for every number of experts, with gradient and without, and for no, one and many tokens of a modality."""
+
+
 def compile_blocks(blocks: list[nn.Module]) -> None:
     """Compile the forward of every block, in place. Blocks of one kind share their code.
 
     Attention over a layout stays outside (`mm.layers.attention.attend`): its calls follow the lengths of the documents.
     """
+    dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, VARIANTS)
     for block in blocks:
         block.forward = torch.compile(block.forward)
 
