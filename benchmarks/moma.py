@@ -37,7 +37,7 @@ STEPS, ROUTER_STEPS = 240, 120
 TOKENS = 4096
 """Of a step."""
 
-RATES = (1e-3, 3e-3, 9e-3)
+RATES = (3e-3, 9e-3, 3e-2)
 SEEDS = (0, 1, 2)
 
 ARMS: dict[str, dict[str, Any]] = {
