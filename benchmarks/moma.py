@@ -40,17 +40,21 @@ TOKENS = 4096
 RATES = (3e-3, 9e-3, 3e-2)
 SEEDS = (0, 1, 2)
 
+FOUR = {"groups": {"text": 4, "image": 4}, "noise": True}
+
 ARMS: dict[str, dict[str, Any]] = {
     "dense": {},
     "1t1i": {"experts": {"groups": {"text": 1, "image": 1}}},
-    "4t4i": {"experts": {"groups": {"text": 4, "image": 4}}},
-    "8 mixed": {"experts": {"groups": {"all": 8}}},
+    "4t4i": {"experts": FOUR},
+    "8 mixed": {"experts": {"groups": {"all": 8}, "noise": True}},
     # Seven layers of which four are for a quarter of the tokens cost what four whole ones do.
-    "4t4i, depth": {"experts": {"groups": {"text": 4, "image": 4}}, "depth": {"capacity": 0.25}, "layers": 7},
-    "4+4 by hash": {"experts": {"groups": {"one": 4, "other": 4}, "by": "hash"}},
+    "4t4i, depth": {"experts": FOUR, "depth": {"capacity": 0.25}, "layers": 7},
+    "4t4i from 1t1i": {"experts": FOUR},
+    "4t4i, no noise": {"experts": FOUR | {"noise": False}},
+    "8 mixed, no noise": {"experts": {"groups": {"all": 8}}},
     "4t4i, token choice": {"experts": {"groups": {"text": 4, "image": 4}, "router": "token_choice"}},
+    "4+4 by hash": {"experts": {"groups": {"one": 4, "other": 4}, "by": "hash", "noise": True}},
     "dense, equal parameters": {"ffn": 8 * FFN},
-    "4t4i from 1t1i": {"experts": {"groups": {"text": 4, "image": 4}}},
 }
 UPCYCLED = "4t4i from 1t1i"
 """Begins with one expert a modality for a quarter of its steps."""
