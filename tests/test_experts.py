@@ -16,7 +16,7 @@ from mm.layers.noise import dropout, logistic, uniform
 from mm.model.decoder import Decoder, DecoderConfig
 from mm.model.depth import Depth, highest
 from mm.model.experts import ALL, ExpertGroup, Experts, Gate, ModalityExperts, members
-from mm.model.stream import Reports, Stream
+from mm.model.stream import Reports, Routing, Stream
 from mm.sample import Modality
 from mm.train.recipe import Recipe
 
@@ -147,6 +147,21 @@ def test_tokens_of_one_modality_never_change_what_experts_make_of_another(router
     one, other = layer(values, stream(of)), layer(others, stream(of))
     assert torch.equal(one[image], other[image])
     assert not torch.isclose(one[~image], other[~image]).all()
+
+
+@pytest.mark.parametrize("routing", get_args(Routing))
+def test_tokens_that_no_expert_takes_are_counted_outside_of_training(routing: Routing) -> None:
+    of, values = layout([40, 24], [2], padding=5), hidden(64)
+    layer = experts(replace(FOUR, auxiliary=True))
+    reports = Reports()
+    layer(values, stream(of, routing=routing, reports=reports))
+    assert not reports.untaken
+    added = layer.eval()(values, stream(of, routing=routing, reports=reports))
+    assert of.groups is not None
+    real = of.groups >= 0
+    passed = int((added[real] == 0).all(1).sum())
+    assert sum(int(none) for none, _ in reports.untaken) == passed > 0
+    assert sum(tokens for _, tokens in reports.untaken) == int(real.sum())
 
 
 def test_permuted_tokens_give_permuted_outputs() -> None:

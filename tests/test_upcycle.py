@@ -166,6 +166,7 @@ def test_auxiliary_routers_learn_and_nothing_else_does(whole: Path) -> None:
     assert final["expert_choice/validation_loss"] == pytest.approx(before["validation_loss"], rel=1e-6)
     assert final["validation_loss"] != final["expert_choice/validation_loss"]
     assert 0.5 < final["router_agreement"] <= 1
+    assert 0 < before["tokens_without_expert"] < 1
 
 
 def test_a_run_that_was_stopped_between_the_stages_goes_on_alike(staged: Path, whole: Path, tmp_path: Path) -> None:
@@ -182,6 +183,7 @@ def test_the_report_tells_what_foreseeing_costs_and_keeps_the_two_losses_apart(w
     page = report_of_run(whole)
     assert "Auxiliary routers agree with the choice" in page
     assert "Validation loss where experts look ahead" in page
+    assert "Tokens that no expert took" in page
     trained = losses(whole)
     assert f"{trained[1]:.3f} → {trained[5]:.3f}" in page
 

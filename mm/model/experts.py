@@ -239,7 +239,7 @@ class ExpertGroup(nn.Module):
         if self.options.router == "token_choice":
             return self._by_tokens(hidden, stream, found)
         if stream.routing == "auxiliary" and self.auxiliary is not None:
-            return self._by_auxiliary(hidden, found)
+            return self._by_auxiliary(hidden, stream, found)
         return self._by_experts(hidden, stream, found)
 
     def _logits(self, hidden: Tensor) -> Tensor:
@@ -253,6 +253,7 @@ class ExpertGroup(nn.Module):
         weights = logits.sigmoid().T.gather(1, picked)  # (E, R)
         inputs = own.index_select(0, picked.flatten()).unflatten(0, picked.shape)
         outputs = self.norm(self._compute(inputs)) * weights.to(own.dtype)[..., None]
+        self._report_untaken(stream, own, picked.flatten())
         if self.auxiliary is not None:
             chosen = torch.zeros_like(logits, dtype=torch.bool).T.scatter(1, picked, True).T
             stream.reports.imitation.append(self.auxiliary.imitation(own, chosen))
@@ -273,14 +274,21 @@ class ExpertGroup(nn.Module):
         cells = (ranked + starts).flatten(0, 1).index_select(0, found.ranks)  # (R, E)
         return member[cells].T.contiguous()
 
-    def _by_auxiliary(self, hidden: Tensor, found: Members) -> tuple[Tensor, Tensor]:
+    def _by_auxiliary(self, hidden: Tensor, stream: Stream, found: Members) -> tuple[Tensor, Tensor]:
         assert self.auxiliary is not None
         own = hidden.index_select(0, found.index)
         chosen = self.auxiliary(own) > 0
         expert, member = chosen.T.nonzero().unbind(1)  # by expert, then by position
         weights = self._logits(own).sigmoid()[member, expert]
         outputs = self.norm(self._compute_each(own.index_select(0, member), expert))
+        self._report_untaken(stream, own, member)
         return found.index[member], outputs * weights.to(own.dtype)[:, None]
+
+    def _report_untaken(self, stream: Stream, own: Tensor, taken: Tensor) -> None:
+        """Count the (n, D) tokens that are not among those that experts took."""
+        if not self.training:
+            untaken = torch.ones(len(own), dtype=torch.bool, device=own.device).index_fill(0, taken, False)
+            stream.reports.untaken.append((untaken.sum(), len(own)))
 
     def _by_tokens(self, hidden: Tensor, stream: Stream, found: Members) -> tuple[Tensor, Tensor]:
         own = hidden.index_select(0, found.index)

@@ -30,10 +30,12 @@ class Reports:
 
     balance: Σ over packs of tokens · loss of balance, of every group of experts that tokens choose
     imitation: of every auxiliary router (Σ cross-entropy, Σ agreement, number) over the choices that it imitates
+    untaken: of every group of experts that choose, (tokens that none took, tokens); outside of training
     """
 
     balance: list[Tensor] = field(default_factory=list)
     imitation: list[tuple[Tensor, Tensor, int]] = field(default_factory=list)
+    untaken: list[tuple[Tensor, int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from mm.configure import RecipeError
 from mm.model.multimodal import MultimodalLM
 from mm.model.trainable import Trainable
-from mm.objectives.base import Objective
+from mm.objectives.base import Examined, Objective, loss_sums
 from mm.packing.batch import IGNORE, Batch
 from mm.sample import Modality
 
@@ -83,6 +83,17 @@ class NextToken(Objective):
         total = torch.stack([predicted.total, *predicted.reports.balance]).sum()
         return total / max(denominators[self.name], 1e-12), weighted_sums(batch, predicted.nll, sources)
 
+    def examine(self, model: nn.Module, batch: Batch, sources: Sequence[str]) -> Examined:
+        """The losses, and how many tokens no expert took where experts choose."""
+        batch = self._weighted(batch)
+        predicted: Any = model(batch, z_loss=self.z_loss)
+        return Examined(
+            loss_sums(weighted_sums(batch, predicted.nll, sources)) | untaken_sums(predicted.reports.untaken)
+        )
+
+    def figures(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+        return super().figures(sums) | untaken_figures(sums)
+
     def _weighted(self, batch: Batch) -> Batch:
         """The batch with the weights of its labels multiplied by those of their modalities."""
         if not self.modality_weights:
@@ -90,6 +101,23 @@ class NextToken(Objective):
         factors = torch.tensor([self.modality_weights.get(modality.label, 1.0) for modality in Modality])
         of_label = batch.modality.roll(-1).long()  # the label is the next token of the same document
         return replace(batch, weights=batch.weights * factors[of_label].to(batch.weights.device, non_blocking=True))
+
+
+UNTAKEN = "tokens_without_expert"
+
+
+def untaken_sums(untaken: Sequence[tuple[Tensor, int]]) -> dict[str, Tensor]:
+    """(2,) tokens that no expert took, and all, over the layers; nothing where no experts choose."""
+    if not untaken:
+        return {}
+    return {UNTAKEN: torch.tensor([sum(float(none) for none, _ in untaken), sum(all for _, all in untaken)])}
+
+
+def untaken_figures(sums: Mapping[str, Tensor]) -> dict[str, float]:
+    """The share of the tokens of a layer that no expert took, mean of the layers. Without noise while training experts
+    come to take the same tokens, and most go without."""
+    none, all = sums.get(UNTAKEN, torch.zeros(2)).tolist()
+    return {UNTAKEN: none / all} if all else {}
 
 
 def weighted_sums(batch: Batch, nll: Tensor, sources: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:

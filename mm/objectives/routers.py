@@ -19,7 +19,7 @@ from mm.configure import RecipeError
 from mm.model.multimodal import MultimodalLM
 from mm.model.trainable import Trainable
 from mm.objectives.base import Examined, Objective, loss_sums
-from mm.objectives.next_token import weighted_sums
+from mm.objectives.next_token import untaken_figures, untaken_sums, weighted_sums
 from mm.packing.batch import Batch
 
 CHOICE = "expert_choice/"
@@ -70,10 +70,12 @@ class AuxiliaryRouters(Objective):
             loss_sums(weighted_sums(batch, causal.nll, sources))
             | {f"{CHOICE}{name}": sums for name, sums in loss_sums(by_choice).items()}
             | {"agreement": torch.stack([agreed.cpu(), made])}
+            | untaken_sums(causal.reports.untaken)
         )
 
     def figures(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         agreed, made = sums["agreement"].tolist()
         of_choice = {name.removeprefix(CHOICE): pair for name, pair in sums.items() if name.startswith(CHOICE)}
         by_choice = {f"{CHOICE}{name}": figure for name, figure in super().figures(of_choice).items()}
-        return super().figures(sums) | by_choice | {"router_agreement": agreed / made if made else 1.0}
+        agreement = {"router_agreement": agreed / made if made else 1.0}
+        return super().figures(sums) | by_choice | agreement | untaken_figures(sums)

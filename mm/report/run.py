@@ -45,6 +45,7 @@ ROWS = {
 OF_SOME_RUNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "expert_choice/validation_loss": ("Validation loss where experts look ahead", "{:.3f}".format),
     "router_agreement": ("Auxiliary routers agree with the choice", percent),
+    "tokens_without_expert": ("Tokens that no expert took, mean of the layers", percent),
     "loss/routers": ("Loss of auxiliary routers", "{:.3f}".format),
     "validation/psnr": ("PSNR of reconstructions", "{:.2f} dB".format),
     "validation/utilisation": ("Codes that occur", percent),

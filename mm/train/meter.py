@@ -399,6 +399,7 @@ _COLUMNS = {
     "loss/routers": _Column("loss of routers ", 1, ".4f"),
     "validation_loss": _Column("validation loss ", 1, ".4f"),
     "router_agreement": _Column("routers agree ", 100, ".1f", " %"),
+    "tokens_without_expert": _Column("without expert ", 100, ".1f", " %"),
     "validation/psnr": _Column("PSNR ", 1, ".2f", " dB"),
     "validation/utilisation": _Column("codes used ", 100, ".1f", " %"),
     "learning_rate": _Column("lr ", 1, ".2e"),
