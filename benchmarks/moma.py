@@ -51,7 +51,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "4t4i, depth": {"experts": FOUR, "depth": {"capacity": 0.25}, "layers": 7},
     "4t4i from 1t1i": {"experts": FOUR},
     "4t4i, no noise": {"experts": FOUR | {"noise": False}},
-    "8 mixed, no noise": {"experts": {"groups": {"all": 8}}},
+    "8 mixed, no noise": {"experts": {"groups": {"all": 8}, "noise": False}},
     "4t4i, token choice": {"experts": {"groups": {"text": 4, "image": 4}, "router": "token_choice"}},
     "4+4 by hash": {"experts": {"groups": {"one": 4, "other": 4}, "by": "hash", "noise": True}},
     "dense, equal parameters": {"ffn": 8 * FFN},

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 D = 32
 CONFIG = DecoderConfig(vocabulary=97, width=D, layers=3, heads=2, kv_heads=1, head_dim=16, ffn=48)
-FOUR = Experts({"text": 4, "image": 4})
+FOUR = Experts({"text": 4, "image": 4}, noise=False)
 TEXT, IMAGE = 0, 1
 
 
@@ -300,7 +300,7 @@ def test_every_router_gets_a_gradient(norm: str, gate: Gate) -> None:
 def share_of_router(gate: Gate, norm_eps: float) -> float:
     """The router's gradient over that of `up`, from the tokens that one of two experts takes, behind a post-norm."""
     of, values = layout([32], [1]), hidden(32)
-    model = decoder(layers=1, norm="post", norm_eps=norm_eps, experts=Experts({ALL: 2}, gate=gate))
+    model = decoder(layers=1, norm="post", norm_eps=norm_eps, experts=Experts({ALL: 2}, noise=False, gate=gate))
     (group,) = feed_forward(model).groups.values()
     into: list[Tensor] = []
     group.register_forward_pre_hook(lambda module, args: into.append(args[0]))

@@ -47,7 +47,8 @@ class Experts:
     capacity: experts a token gets on average, with expert choice
     top: experts a token gets, with token choice
     balance: factor of the loss that spreads tokens evenly, with token choice (Fedus et al. 2021, eq. 4)
-    noise: with expert choice, experts choose by sigmoid(x W + logistic noise) while training; weights have no noise
+    noise: with expert choice, experts choose by sigmoid(x W + logistic noise) while training; weights have no noise.
+        Without it all experts come to take the same tokens, and most pass the layer by: docs/moma.md
     scope: what experts choose among: the `pack`, or the whole micro-batch (`batch`), and then the result depends on
         `micro_batch` and on the number of processes
     gate: where norms stand behind the feed-forward, whether a weight is multiplied before or after them. Before, as in
@@ -61,7 +62,7 @@ class Experts:
     capacity: float = 1.0
     top: int = 1
     balance: float = 0.01
-    noise: bool = False
+    noise: bool = True
     scope: Scope = "pack"
     gate: Gate = "after_norm"
     auxiliary: bool = False
