@@ -247,6 +247,8 @@ def measured(run: Path, steps: int) -> dict[str, Any]:
     rates = sorted(line["tokens_per_second"] for line in training)
     found["tokens_per_second"] = round(rates[len(rates) // 2])
     last = lines[-1]
+    if "tokens_without_expert" in last:  # as experts choose, and as auxiliary routers say
+        found["without_expert"] = [round(line["tokens_without_expert"], 4) for line in (training[-1], last)]
     found["held_out"] = losses(last, "")
     if "router_agreement" in last:
         found |= {"by_choice": losses(last, "expert_choice/"), "router_agreement": round(last["router_agreement"], 4)}
