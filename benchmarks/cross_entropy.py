@@ -1,8 +1,9 @@
 """Time and memory of the chunked head against ``F.cross_entropy(F.linear(hidden, weight), labels)``.
 
-On a GPU also the kernels of `mm.layers.head_loss`, those that are installed and agree with the reference; the others are
-left out with a sentence. Every measurement is a process of its own, so that its high-water mark is its own; the two variants take turns, so that
-a busy machine slows both. Extra memory is what the loss and its gradients add to the inputs.
+On a GPU also the kernels of `mm.layers.head_loss`, those that are installed and agree with the reference; others are
+left out with a sentence. Every measurement is a process of its own, so that its high-water mark is its own; the
+variants take turns, so that a busy machine slows all. Extra memory is what the loss and its gradients add to the
+inputs.
 
     python -m benchmarks.cross_entropy --vocabulary 50000 150000
 """

@@ -83,12 +83,12 @@ class _Place(NamedTuple):
 
 
 def _pieces(document: Document, tokenizer: TextTokenizer) -> Iterator[_Piece]:
-    items = {item.start: item for item in document.items}
+    items, weights = {item.start: item for item in document.items}, document.loss_weights
     start = context = 0  # the context is the piece before: some tokenizers write a space only between tokens
     while start < len(document):
         if start in items:
             stop = start + items[start].length
-            yield _Piece(start, stop, float(document.weights[start]), item=items[start])
+            yield _Piece(start, stop, float(weights[start]), item=items[start])
             start = context = stop
             continue
         known = len(tokenizer.decode(document.tokens[context:start].tolist()))
@@ -96,7 +96,7 @@ def _pieces(document: Document, tokenizer: TextTokenizer) -> Iterator[_Piece]:
         while text.endswith(HALF_A_CHARACTER) and stop < len(document) and stop not in items:
             stop += 1
             text = tokenizer.decode(document.tokens[context:stop].tolist())
-        yield _Piece(start, stop, float(document.weights[start]), text[known:])
+        yield _Piece(start, stop, float(weights[start]), text[known:])
         context, start = start, stop
 
 
