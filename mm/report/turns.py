@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from mm.packing.collate import CodeRun, Document, Item
 from mm.report.page import counted
 from mm.report.pictures import picture_of
 from mm.sample import MediaPart, Sample, Text
-from mm.tokenizers.text import TextTokenizer
+from mm.tokenizers.text import TextTokenizer, WordsOnly
 
 HALF_A_CHARACTER = "\ufffd"
 
@@ -54,6 +54,8 @@ def turns_of(sample: Sample, document: Document, tokenizer: TextTokenizer) -> tu
     Raises:
         BrokenMedia: an item of the sample cannot be decoded.
     """
+    if isinstance(tokenizer, WordsOnly):
+        sample = replace(sample, parts=tuple(part for part in sample.parts if isinstance(part, Text)))
     pieces = list(_pieces(document, tokenizer))
     placed = zip(_places(sample, pieces), pieces, strict=True)
     turns = []

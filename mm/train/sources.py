@@ -38,6 +38,7 @@ from mm.packing.materialise import Samples
 from mm.packing.source import DROPPED, FILTERED, MISSING, QUANTITIES, Rows, Source
 from mm.packing.weights import Factor, Weighting
 from mm.sample import BrokenSample, Modality
+from mm.tokenizers.text import WordsOnly
 from mm.train.recipe import DataOptions, Recipe, SourceOptions
 
 logger = logging.getLogger(__name__)
@@ -93,6 +94,8 @@ class Blueprint:
 
     def media_of(self, index: Index) -> RowMedia:
         """What the media of every row cost, from header facts. Rows of equal facts are computed once."""
+        if isinstance(self.processor.text, WordsOnly):
+            return RowMedia.none(index.rows)
         _, first, which = np.unique(index.signature, return_index=True, return_inverse=True)
         counts = np.zeros((len(first), len(QUANTITIES)), np.int32)
         tokens = np.zeros((len(first), len(QUANTITIES)), np.int32)
@@ -119,6 +122,12 @@ class RowMedia:
     counts: np.ndarray
     tokens: np.ndarray
     flops: np.ndarray
+
+    @classmethod
+    def none(cls, rows: int) -> RowMedia:
+        """Of rows whose media are left out."""
+        nothing = np.zeros((rows, len(QUANTITIES)), np.int32)
+        return cls(nothing, nothing, np.zeros(rows))
 
 
 @dataclass(frozen=True, eq=False)
