@@ -198,11 +198,7 @@ def test_the_column_holds_what_the_model_of_the_fold_says_of_each_word(world: Wo
         batch = processor.collate([[processor.document(sample)]], [[(0, 0, 0)]])
         assert batch.tokens.tolist() == ids
         with torch.no_grad():
-            logits = (
-                model.decoder.logits(model.hidden(batch))
-                if hasattr(model.decoder, "logits")
-                else (model.hidden(batch) @ model.decoder.head_weight.T)
-            )
+            logits = model.hidden(batch) @ model.decoder.head_weight.T
         expected = logits.log_softmax(1)[:-1].gather(1, torch.tensor(ids[1:])[:, None]).squeeze(1)
         (found,) = column[row]
         np.testing.assert_allclose(np.array(found["log_probabilities"], float), expected, rtol=2e-3)

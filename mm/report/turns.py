@@ -39,6 +39,11 @@ class Span:
     picture: str = ""
     scaffold: bool = False
 
+    @property
+    def is_words(self) -> bool:
+        """Whether it is words of the sample."""
+        return self.modality == "text" and not self.scaffold
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -46,6 +51,12 @@ class Turn:
 
     role: str
     spans: tuple[Span, ...]
+
+    @property
+    def runs(self) -> list[list[Span]]:
+        """The spans, those together that read as one text: words that differ in nothing but weight."""
+        alike = groupby(enumerate(self.spans), lambda one: -1 if one[1].is_words else one[0])
+        return [[span for _, span in group] for _, group in alike]
 
 
 def turns_of(sample: Sample, document: Document, tokenizer: TextTokenizer) -> tuple[Turn, ...]:
