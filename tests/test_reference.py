@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,8 @@ from mm.packing.batch import IGNORE
 from mm.packing.collate import Processor
 from mm.packing.materialise import MicroStep
 from mm.packing.weights import REFERENCE
-from mm.report.packs import inspect_page
+from mm.report.packs import inspect_page, view_pack
+from mm.report.run import report_of_run
 from mm.sample import Codes, Image, Modality, Sample, Text
 from mm.score.passes import score_index
 from mm.score.reference import ReferenceLM, fold_of, fold_recipe, log_probabilities
@@ -353,3 +355,47 @@ def test_with_pictures_as_codes_only_words_are_weighed(world: World, tmp_path: P
     for number in range(len(batch.rows)):
         of_document = words & (document == number)
         assert float(batch.weights[of_document].sum()) == pytest.approx(int(of_document.sum()), rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------ the views
+
+
+def test_the_inspector_colours_every_word_by_its_weight(world: World) -> None:
+    data = planned(Recipe.load(recipe_of_captions(world.folder, world.card, world.tokenizer, PRIOR)))
+    batch = data.materialiser()[MicroStep(0, (0,))]
+    expected = [weight for weight in batch.weights.tolist() if weight]
+    view = view_pack(data, 0)
+    shown = [span.weight for span in view.spans for _ in range(span.tokens) if span.weight]
+    assert shown == pytest.approx(expected)
+    assert len(set(shown)) > 10
+    page = inspect_page(data, 0)
+    assert f"full colour is a weight of {max(span.weight for pack in pages(data) for span in pack.spans):.3g}" in page
+    words = re.search(r'<span class="run">(.*?)</span></span>', page, re.DOTALL)
+    assert words
+    assert re.sub("<[^>]*>", "", words[1]) in CAPTIONS  # its letters stand together, whatever they weigh
+
+
+def pages(data: Any) -> list[Any]:
+    """The packs of the first step."""
+    return [view_pack(data, number) for number in data.plan.batch(0) if number >= 0]
+
+
+def test_the_report_tells_what_tokens_weighed(world: World, tmp_path: Path) -> None:
+    run = train_here(
+        recipe_of_captions(tmp_path, world.card, world.tokenizer, PRIOR), f"data.index={world.folder / 'cache'}"
+    )
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    mean, square = (sum(line[f"weights/{name}"] for line in lines) / len(lines) for name in ("mean", "square"))
+    page = report_of_run(run).replace("\u202f", " ")
+    assert f"is as exact as one of {100 * mean**2 / square:.1f} % of the tokens" in page
+    for name in ("0.5 to 1", "1 to 2"):
+        share = sum(line[f"weights/tokens/{name}"] for line in lines) / len(lines)
+        ends = f"{lines[0][f'weights/loss/{name}']:.3f} → {lines[-1][f'weights/loss/{name}']:.3f}"
+        assert re.search(rf"{name}</th><td>.*?{100 * share:.1f} %</td><td>{ends}</td>", page)
+    assert "from 8" not in page
+
+
+def test_a_run_of_equal_weights_tells_nothing_of_them(world: World) -> None:
+    run = world.folder / "reference" / "fold-0-of-3"
+    assert "What tokens weigh" not in report_of_run(run)
+    assert "weights/" not in (run / "metrics.jsonl").read_text()
