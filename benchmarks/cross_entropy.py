@@ -1,7 +1,9 @@
 """Time and memory of the chunked head against ``F.cross_entropy(F.linear(hidden, weight), labels)``.
 
-Every measurement is a process of its own, so that its high-water mark is its own; the two variants take turns, so that
-a busy machine slows both. Extra memory is what the loss and its gradients add to the inputs.
+On a GPU also the kernels of `mm.layers.head_loss`, those that are installed and agree with the reference; others are
+left out with a sentence. Every measurement is a process of its own, so that its high-water mark is its own; the
+variants take turns, so that a busy machine slows all. Extra memory is what the loss and its gradients add to the
+inputs.
 
     python -m benchmarks.cross_entropy --vocabulary 50000 150000
 """
@@ -15,12 +17,15 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from itertools import product
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from mm.layers.cross_entropy import linear_cross_entropy
+from mm.layers.head_loss import KERNELS, Backend, HeadLoss, UnusableBackend
 
 
 def plain(hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, chunk: int | None) -> Tensor:
@@ -32,7 +37,26 @@ def chunked(hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, chu
     return linear_cross_entropy(hidden, weight, labels, weights, chunk=chunk).total
 
 
-VARIANTS = {"plain": plain, "chunked": chunked}
+def fused(backend: Backend) -> Callable[..., Tensor]:
+    def loss(hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, chunk: int | None) -> Tensor:
+        return HeadLoss(backend=backend)(hidden, weight, labels, weights).total
+
+    return loss
+
+
+VARIANTS = {"plain": plain, "chunked": chunked, **{name: fused(name) for name in KERNELS}}
+
+
+def usable(device: torch.device) -> list[str]:
+    """The variants that can be measured; tells why others cannot."""
+    names = ["plain", "chunked"]
+    for name in KERNELS:
+        try:
+            HeadLoss(backend=name).check(device)
+            names.append(name)
+        except UnusableBackend as refused:
+            print(f"left out: {refused}")
+    return names
 
 
 def measure(options: argparse.Namespace) -> dict[str, float]:
@@ -91,10 +115,11 @@ def main(arguments: list[str]) -> None:
     if options.measure:
         print(json.dumps(measure(options)))
         return
+    names = usable(torch.device(options.device))
     for vocabulary in options.vocabulary:
-        runs: dict[str, list[dict[str, float]]] = {name: [] for name in VARIANTS}
+        runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
         for repeat in range(options.repeats):
-            for name in sorted(VARIANTS, reverse=repeat % 2 == 1):
+            for name in sorted(names, reverse=repeat % 2 == 1):
                 runs[name].append(measure_in_a_new_process(name, vocabulary, arguments))
         print(f"T = {options.tokens}, V = {vocabulary}, D = {options.width}, {options.dtype} on {options.device}")
         for name, measured in runs.items():
@@ -104,10 +129,10 @@ def main(arguments: list[str]) -> None:
                 f"  {name:8} {statistics.median(seconds):7.2f} s ({min(seconds):.2f} to {max(seconds):.2f})"
                 f"  {memory:8.0f} MiB extra"
             )
-        for unit in ("seconds", "extra_mib"):
-            ratios = [ours[unit] / theirs[unit] for ours, theirs in zip(runs["chunked"], runs["plain"], strict=True)]
+        for name, unit in product(names[1:], ("seconds", "extra_mib")):
+            ratios = [one[unit] / other[unit] for one, other in zip(runs[name], runs["plain"], strict=True)]
             print(
-                f"  chunked / plain, {unit}: {statistics.median(ratios):.3f} "
+                f"  {name} / plain, {unit}: {statistics.median(ratios):.3f} "
                 f"({min(ratios):.3f} to {max(ratios):.3f}, {len(ratios)} pairs)"
             )
 

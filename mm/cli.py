@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -464,6 +465,38 @@ def tokenize_data(
         highlight=False,
         soft_wrap=True,
     )
+
+
+@data_app.command("score")
+def score_data(
+    card: Annotated[Path, typer.Argument(help="a data card")],
+    scorer: Annotated[str, typer.Option("--with", help="class of what scores, such as mm.score.reference.ReferenceLM")],
+    model: Annotated[str, typer.Option(help="a recipe to train in folds, or a run, checkpoint or export")],
+    options: Annotated[list[str] | None, typer.Argument(help="of the scorer: folds=4 …")] = None,
+    split: Annotated[str, typer.Option(help="split of the card")] = "train",
+    folder: Annotated[Path, typer.Option(help="where indexes and columns are kept")] = Path("~/.cache/mm/index"),
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda where there is one, if left out")] = None,
+    batch: Annotated[int, typer.Option(help="samples that are looked at together")] = 32,
+    processes: Annotated[int, typer.Option(help="how many score in parallel; 0 is this one")] = 0,
+    cache: CacheLimit = None,
+    cache_folder: CacheFolder = CACHE_FOLDER,
+) -> None:
+    """Write what a model says of each sample as a column beside a split's index, training the model if need be.
+
+    Repeated, it goes on with the training and the shards that are missing.
+    """
+    import torch
+
+    from mm.data.index import index_card
+    from mm.score.passes import Scorer, score_index
+
+    given = {name: yaml.safe_load(value) for name, _, value in (option.partition("=") for option in options or [])}
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    built = configure.build({"_target_": scorer, "model": model, "device": device, **given}, Scorer)
+    rows = index_card(load_card(card, cache, cache_folder), split, folder.expanduser(), processes)
+    built.prepare(rows)
+    score_index(rows, built, batch, processes)
+    console.print(built.told(rows), highlight=False, soft_wrap=True)
 
 
 @data_app.command("bpe")

@@ -19,7 +19,7 @@ from torch.distributed import checkpoint as dcp
 from mm.configure import PRESET_FOLDERS, RecipeError, build, presets, resolve
 from mm.model.autoencoder import AutoencoderOptions, JudgedAutoencoder, PatchDiscriminator, build_autoencoder
 from mm.model.build import build_trainable
-from mm.model.multimodal import ModelOptions
+from mm.model.multimodal import ModelOptions, build_processor
 from mm.objectives.base import Objective
 from mm.objectives.reconstruction import Reconstruction, psnr
 from mm.packing.batch import Batch
@@ -526,7 +526,8 @@ def test_presets_train_tokenizers_of_the_sizes_that_they_name(
     for recipe in Recipe.load(preset).stage_recipes():
         model = build_trainable(recipe.model, meta=True)
         assert isinstance(model, JudgedAutoencoder)
-        build(recipe.objective, Objective).prepare(model)
+        processor = build_processor(recipe.model, model, recipe.text_tokenizer())
+        build(recipe.objective, Objective).prepare(model, processor, torch.device("cpu"))
         assert (model.tokenizer.transform.features, model.tokenizer.codes) == (grid, codes)
         size = sum(parameter.numel() for parameter in model.tokenizer.parameters())
         assert size / 1e6 == pytest.approx(millions, abs=0.05)

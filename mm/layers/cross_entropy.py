@@ -43,6 +43,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
     chunk: int | None = None,
+    real: int | None = None,
 ) -> Losses:
     """Weighted sum of the cross-entropies of ``hidden @ weight.T``, in memory linear in the chunk and not in L × V.
 
@@ -62,11 +63,14 @@ def linear_cross_entropy(
         z_loss: factor of lse², which holds the softmax's denominator near 1 (PaLM, section 5: 1e-4).
         label_smoothing: share ε of the target spread evenly over the vocabulary (Szegedy et al. 2016, section 7).
         chunk: tokens C at a time; by default `CHUNK_ON_CPU` or `CHUNK`.
+        real: the first so many of the V rows are ids, the others fill the table up to a round size; smoothing is over
+            ids alone. None: all are.
 
     Raises:
-        ValueError: shapes do not fit, `chunk` is not positive, or `weights` requires a gradient that it would not get.
+        ValueError: shapes do not fit, `chunk` is not positive, `real` is not in [1, V], or `weights` requires a
+            gradient that it would not get.
     """
-    _check(hidden, weight, labels, weights, chunk)
+    _check(hidden, weight, labels, weights, chunk, real)
     if chunk is None:
         chunk = CHUNK_ON_CPU if hidden.device.type == "cpu" else CHUNK
     return Losses(
@@ -78,12 +82,15 @@ def linear_cross_entropy(
             z_loss,
             label_smoothing,
             min(chunk, len(hidden)),
+            len(weight) if real is None else real,
             torch.is_grad_enabled(),
         )
     )
 
 
-def _check(hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, chunk: int | None) -> None:
+def _check(
+    hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, chunk: int | None, real: int | None
+) -> None:
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be (L, D) and (V, D)")
     if labels.shape != (len(hidden),) or weights.shape != (len(hidden),):
@@ -95,6 +102,8 @@ def _check(hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, chun
         raise ValueError("the loss weights require a gradient, and none is computed for them; pass weights.detach()")
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk is {chunk} tokens and must be at least 1")
+    if real is not None and not 1 <= real <= len(weight):
+        raise ValueError(f"real is {real} ids, and the head has {len(weight)} rows")
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -108,13 +117,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         z_loss: float,
         label_smoothing: float,
         chunk: int,
+        real: int,
         differentiate: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         # Inside `forward` gradients are always off and `needs_input_grad` is set under no_grad, too.
         hidden_wanted, weight_wanted = (differentiate and needed for needed in ctx.needs_input_grad[:2])
         with torch.autocast(hidden.device.type, enabled=False):
             total, nll, lse, grad_hidden, grad_weight = _loss_and_gradients(
-                hidden, weight, labels, weights, z_loss, label_smoothing, chunk, hidden_wanted, weight_wanted
+                hidden, weight, labels, weights, z_loss, label_smoothing, chunk, real, hidden_wanted, weight_wanted
             )
         ctx.gradients = (grad_hidden, grad_weight)
         ctx.mark_non_differentiable(nll, lse)
@@ -133,7 +143,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             # In place and handed over for good: a copy would take as much memory as the head at the worst moment.
             ctx.gradients = None
             scaled = (gradient if gradient is None else gradient.mul_(grad_total) for gradient in gradients)
-        return (*scaled, None, None, None, None, None, None)
+        return (*scaled, None, None, None, None, None, None, None)
 
 
 def _loss_and_gradients(
@@ -144,6 +154,7 @@ def _loss_and_gradients(
     z_loss: float,
     label_smoothing: float,
     chunk: int,
+    real: int,
     hidden_wanted: bool,
     weight_wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -153,19 +164,18 @@ def _loss_and_gradients(
     if not _multiplies_into_float32(hidden):
         weight = weight.to(wide)
     weights = weights.to(wide)
-    vocabulary = len(weight)
     nll, lse = hidden.new_empty(2, len(hidden), dtype=wide).unbind()
     total = hidden.new_zeros((), dtype=wide)
     grad_hidden = torch.empty_like(hidden) if hidden_wanted else None
     grad_weight = torch.zeros_like(weight, dtype=wide) if weight_wanted else None
-    buffer = hidden.new_empty(chunk, vocabulary, dtype=wide)
+    buffer = hidden.new_empty(chunk, len(weight), dtype=wide)
 
     for start in range(0, len(hidden), max(chunk, 1)):
         rows = slice(start, start + chunk)
         states, label, w = hidden[rows].to(weight.dtype), labels[rows, None], weights[rows]
         logits = _product(states, weight.T, out=buffer[: len(states)])
         target = logits.gather(1, label).squeeze(1)
-        mean = logits.mean(1) if label_smoothing else 0.0
+        mean = logits[:, :real].mean(1) if label_smoothing else 0.0
         largest = logits.amax(1, keepdim=True)
         denominator = logits.sub_(largest).exp_().sum(1)
         lse[rows] = denominator.log() + largest.squeeze(1)
@@ -175,10 +185,10 @@ def _loss_and_gradients(
         if grad_hidden is None and grad_weight is None:
             continue
 
-        # ∂total/∂logit_v = w · ((1 + 2 z lse) · softmax_v − (1 − ε) · [v = label] − ε / V)
+        # ∂total/∂logit_v = w · ((1 + 2 z lse) · softmax_v − (1 − ε) · [v = label] − [v < R] · ε / R), R the real ids
         gradient = logits.mul_((w * (1 + 2 * z_loss * lse[rows]) / denominator)[:, None])
         if label_smoothing:
-            gradient.sub_((w * label_smoothing / vocabulary)[:, None])
+            gradient[:, :real].sub_((w * label_smoothing / real)[:, None])
         gradient.scatter_add_(1, label, w[:, None] * (label_smoothing - 1))
         narrow = gradient.to(weight.dtype)
         if grad_hidden is not None:

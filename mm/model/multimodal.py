@@ -8,7 +8,7 @@ tokens ───────────────embed───────�
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mm.configure import RecipeError, build
 from mm.encoders.base import Adapter, Encoder, Grid
-from mm.layers.cross_entropy import linear_cross_entropy
+from mm.layers.head_loss import HeadLoss
 from mm.layers.layout import WHOLE, Layout
 from mm.model.autoencoder import AutoencoderOptions
 from mm.model.decoder import Decoder, DecoderConfig
@@ -31,6 +31,8 @@ from mm.sample import Modality
 from mm.tokenizers.base import MediaTokenizer
 from mm.tokenizers.text import TextTokenizer
 from mm.tokenizers.vocabulary import Vocabulary
+
+PLAIN = HeadLoss()
 
 
 class SlotMismatch(RuntimeError):
@@ -136,10 +138,14 @@ class ModelOptions:
 
 
 class MultimodalLM(Trainable):
-    """A decoder that reads text tokens and, in reserved slots, what the encoders saw."""
+    """A decoder that reads text tokens and, in reserved slots, what the encoders saw.
+
+    ids: how many of the head's rows are ids of words and codes; None: all of them
+    """
 
     def __init__(self, decoder: Decoder, encoders: dict[Modality, tuple[Encoder, Adapter]]) -> None:
         super().__init__()
+        self.ids: int | None = None
         self.decoder = decoder
         self.encoders = nn.ModuleDict({modality.label: encoder for modality, (encoder, _) in encoders.items()})
         self.adapters = nn.ModuleDict({modality.label: adapter for modality, (_, adapter) in encoders.items()})
@@ -162,17 +168,19 @@ class MultimodalLM(Trainable):
         towers = [self._encoder(modality) for modality in self.modalities]
         return [block for tower in (*towers, self.decoder) for block in tower.blocks()]
 
-    def forward(self, batch: Batch, z_loss: float = 0.0) -> Predicted:
-        """Weighted next-token loss of a batch, summed (not averaged) over its labels, in stream order."""
+    def forward(self, batch: Batch, head_loss: HeadLoss = PLAIN) -> Predicted:
+        """Weighted next-token loss of a batch, summed (not averaged) over its labels, in stream order.
+
+        Label smoothing is over the ids that there are (`ids`).
+        """
         predicting = (batch.labels != IGNORE).nonzero().squeeze(1)
         reports = Reports()
         hidden = self.hidden(batch, reports=reports).index_select(0, predicting - batch.span.start)
-        losses = linear_cross_entropy(
+        losses = replace(head_loss, real=self.ids)(
             hidden,
             self.decoder.head_weight,
             batch.labels.index_select(0, predicting),
             batch.weights.index_select(0, predicting),
-            z_loss=z_loss,
         )
         return Predicted(*losses, reports)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mm.model.trainable import Trainable
 from mm.packing.batch import Batch
+from mm.packing.collate import Processor
 
 
 class Examined(NamedTuple):
@@ -39,8 +40,13 @@ class Objective(ABC):
 
     total: ClassVar[str] = "total"
 
-    def prepare(self, model: Trainable) -> None:  # noqa: B027  (most objectives ask for nothing)
+    def prepare(  # noqa: B027  (most objectives ask for nothing)
+        self, model: Trainable, processor: Processor, device: torch.device
+    ) -> None:
         """Tell the model what will be asked of it, before it is sharded.
+
+        Args:
+            processor: what makes the batches. device: where the model will be.
 
         Raises:
             RecipeError: this objective cannot train it.
@@ -76,5 +82,8 @@ class Objective(ABC):
 
 
 def loss_sums(parts: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """(2,) Σwℓ and Σw of each loss, ``loss/total``, …, as `Objective.figures` expects them."""
-    return {f"loss/{name}": torch.stack(pair) for name, pair in parts.items()}
+    """(2,) Σwℓ and Σw of each loss, ``loss/total``, …, as `Objective.figures` expects them.
+
+    What training tells of the weights of tokens is left out: held-out tokens all weigh 1 unless their source says more.
+    """
+    return {f"loss/{name}": torch.stack(pair) for name, pair in parts.items() if not name.startswith("weights/")}

@@ -19,6 +19,7 @@ from mm.model.autoencoder import JudgedAutoencoder, Reconstructed
 from mm.model.trainable import Trainable
 from mm.objectives.base import Examined, Objective, loss_sums
 from mm.packing.batch import Batch
+from mm.packing.collate import Processor
 from mm.sample import Modality
 from mm.tokenizers.autoencoder import to_bytes
 
@@ -49,7 +50,7 @@ class Reconstruction(Objective):
 
     name = "reconstruction"
 
-    def prepare(self, model: Trainable) -> None:
+    def prepare(self, model: Trainable, processor: Processor, device: torch.device) -> None:
         if not isinstance(model, JudgedAutoencoder):
             raise RecipeError(
                 "objective: reconstruction trains an autoencoder and the recipe has a language model; say "

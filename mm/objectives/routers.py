@@ -21,6 +21,7 @@ from mm.model.trainable import Trainable
 from mm.objectives.base import Examined, Objective, loss_sums
 from mm.objectives.next_token import untaken_figures, untaken_sums, weighted_sums
 from mm.packing.batch import Batch
+from mm.packing.collate import Processor
 
 CHOICE = "expert_choice/"
 
@@ -34,7 +35,7 @@ class AuxiliaryRouters(Objective):
 
     name = total = "routers"
 
-    def prepare(self, model: Trainable) -> None:
+    def prepare(self, model: Trainable, processor: Processor, device: torch.device) -> None:
         if not isinstance(model, MultimodalLM) or not (model.decoder.config.couples and model.decoder.config.is_causal):
             raise RecipeError(
                 "objective: auxiliary routers imitate experts or layers that choose tokens; the decoder needs "

@@ -60,7 +60,7 @@ class Batch:
     tokens: (T,) int64; media slots hold the pad token
     positions: (T,) int64, from 0 in every document
     labels: (T,) int64, shifted: the token that follows, or `IGNORE`
-    weights: (T,) float32 loss weight of the label; 0 where there is none
+    weights: (T,) float32 loss weight of the label; 0 where there is none, and of a label that the source gives none
     modality: (T,) int8, see `Modality`; -1 for padding
     offsets: (n + 1,) int32 start of every document, then T. Padding is the last document when there is any
     packs: (P + 1,) int32 start of every pack, then T

@@ -140,15 +140,18 @@ class Document:
     """A sample as L tokens.
 
     tokens: (L,) int64, the pad token in media slots
-    weights: (L,) float32 loss weight of each token *as a target*
+    weights: (L,) float32 loss weight of each token *as a target*, by whose words they are; 0: it is none
     modality: (L,) int8; -1 for padding
     items: its media in order
+    factors: (L,) float32 by which the source multiplies the weights, see `mm.packing.weights`; None: 1. A factor of 0
+        leaves a target without weight, and a target
     """
 
     tokens: np.ndarray
     weights: np.ndarray
     modality: np.ndarray
     items: tuple[Item | CodeRun, ...]
+    factors: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -157,7 +160,13 @@ class Document:
         """The first `length` tokens. The plan never cuts inside or before a media run."""
         if any(item.start + item.length > length for item in self.items):
             raise LengthMismatch(f"cutting a document of {len(self)} tokens to {length} would cut a media run")
-        return Document(self.tokens[:length], self.weights[:length], self.modality[:length], self.items)
+        factors = None if self.factors is None else self.factors[:length]
+        return Document(self.tokens[:length], self.weights[:length], self.modality[:length], self.items, factors)
+
+    @property
+    def loss_weights(self) -> np.ndarray:
+        """(L,) float32 weight of each token as a target, all told."""
+        return self.weights if self.factors is None else self.weights * self.factors
 
 
 class TextLength(NamedTuple):
@@ -283,8 +292,8 @@ class Processor:
 
         offsets = np.cumsum([0, *(len(document) for document in documents)])
         tokens = np.concatenate([document.tokens for document in documents])
-        targets = np.concatenate([document.weights for document in documents])
-        labels, weights = _shift(tokens, targets, offsets)
+        bears = np.concatenate([document.weights > 0 for document in documents])
+        labels, weights = _shift(tokens, bears, np.concatenate([one.loss_weights for one in documents]), offsets)
         held = share.of(len(tokens))
         for begin, end in ((0, held.start), (held.stop, len(tokens))):
             labels[begin:end], weights[begin:end] = IGNORE, 0.0
@@ -325,13 +334,19 @@ class Processor:
         return media_by_modality
 
 
-def _shift(tokens: np.ndarray, targets: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Labels and weights of the positions that predict: what follows, within the same document."""
+def _shift(
+    tokens: np.ndarray, bears: np.ndarray, of_targets: np.ndarray, offsets: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Labels and weights of the positions that predict: what follows, within the same document.
+
+    Args:
+        bears: (T,) bool, the tokens that are targets; of_targets: (T,) float32 their weights.
+    """
     labels = np.full_like(tokens, IGNORE)
-    weights = np.zeros_like(targets)
-    bears = targets[1:] > 0
+    weights = np.zeros_like(of_targets)
+    bears = bears[1:].copy()
     bears[offsets[1:-1] - 1] = False  # the last token of a document would predict the next document's first
     predicting = np.flatnonzero(bears)
     labels[predicting] = tokens[predicting + 1]
-    weights[predicting] = targets[predicting + 1]
+    weights[predicting] = of_targets[predicting + 1]
     return labels, weights

@@ -17,6 +17,7 @@ from mm.layers.layout import WHOLE, Share
 from mm.packing.batch import Batch
 from mm.packing.collate import Document, LengthMismatch, Owner, Processor
 from mm.packing.hashing import hash64
+from mm.packing.weights import Weighting
 from mm.packing.windows import PlannedSample, PlanReader
 from mm.sample import BrokenSample, Sample
 
@@ -52,6 +53,7 @@ class Materialiser(Dataset[Batch]):
         capacity: pad packs to this length (static shapes), or None.
         seed: of what layers draw for a pack, together with its number.
         share: the part of every stream that is computed here, see `Batch.share`.
+        weightings: the loss weights of each source; none weigh 1.
         ahead: is given the rows that come next, two (k,) arrays of sources and shards in the order of the plan.
     """
 
@@ -65,6 +67,7 @@ class Materialiser(Dataset[Batch]):
         seed: int = 0,
         capacity: int | None = None,
         share: Share = WHOLE,
+        weightings: Sequence[Weighting] = (),
         ahead: Callable[[np.ndarray, np.ndarray], None] | None = None,
     ) -> None:
         self.plan = plan
@@ -74,6 +77,7 @@ class Materialiser(Dataset[Batch]):
         self.seed = seed
         self.capacity = capacity
         self.share = share
+        self.weightings = list(weightings)
         self.ahead = ahead
         self._looked: range = range(0)
 
@@ -118,7 +122,9 @@ class Materialiser(Dataset[Batch]):
                 f"{name}: the plan promised {length} tokens, the sample has {len(document)}. Was the tokenizer or an "
                 "encoder changed after planning? Delete the run's plan folder to plan anew"
             )
-        return document.cut(length)
+        if not self.weightings:
+            return document.cut(length)
+        return self.weightings[source].weigh(document, shard, row, choice, length)
 
 
 def read_patiently(read: Callable[[], Sample], name: str) -> Sample:

@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+from mm.objectives.next_token import BINS
 from mm.train.clock import PHASES
 from mm.train.meter import PARTS
 from mm.train.recipe import Recipe
@@ -50,6 +51,24 @@ class Throughput(NamedTuple):
     flops_per_second: float
     flops: dict[str, float]
     share_of_peak: tuple[str, float] | None
+
+
+class WeightBin(NamedTuple):
+    """Tokens of like weight: the share of all that they are, and their loss over steps, unweighted."""
+
+    label: str
+    share: float
+    loss: list[Point]
+
+
+class Weights(NamedTuple):
+    """The loss weights of the n tokens of a run.
+
+    effective: share of tokens of equal weight that would estimate a mean as well, (Σw)² / (n Σw²) (Kish 1965)
+    """
+
+    effective: float
+    bins: tuple[WeightBin, ...]
 
 
 @dataclass(frozen=True)
@@ -158,6 +177,21 @@ class History:
             for name in sorted(names, key=lambda name: (name.startswith("modality"), name))
             if kinds[name.partition("/")[0]] > 1
         }
+
+    @property
+    def weights(self) -> Weights | None:
+        """What the loss weights of tokens were like over the run; None where all were 1."""
+        told = [report for report in self.reports if report.get("weights/mean")]
+        if not told:
+            return None
+        steps = [later - earlier for earlier, later in pairwise([0, *(report["step"] for report in told)])]
+
+        def mean(figure: str) -> float:
+            return sum(n * (report.get(figure) or 0.0) for n, report in zip(steps, told, strict=True)) / sum(steps)
+
+        bins = [(name, mean(f"weights/tokens/{name}"), self.points(f"weights/loss/{name}")) for name in BINS]
+        effective = mean("weights/mean") ** 2 / mean("weights/square") if mean("weights/square") else 0.0
+        return Weights(effective, tuple(WeightBin(*one) for one in bins if one[1]))
 
     def _column(self, figure: str) -> list[Any]:
         return [report.get(figure) for report in self.reports]

@@ -6,14 +6,15 @@ plan ─pack─▶ rows ─read, decode─▶ Document ─turns, spans─▶ Pac
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from mm.packing.collate import Processor
+from mm.packing.collate import Document, Processor
 from mm.packing.source import QUANTITIES
 from mm.packing.windows import PlannedSample
 from mm.report.page import counted, percent, render, thousands
@@ -158,16 +159,16 @@ def view_pack(data: PlannedData, number: int, origin: str = "") -> PackView:
 
 
 def view_document(
-    name: str, sample: Sample, processor: Processor, length: int | None = None, note: str = ""
+    name: str, sample: Sample, processor: Processor, weigh: Callable[[Document], Document] | None = None, note: str = ""
 ) -> DocumentView:
-    """A sample as a document, cut to `length` tokens if that is given.
+    """A sample as a document, cut and weighed by `weigh` if that is given.
 
     Raises:
         BrokenMedia: an item of the sample cannot be decoded.
     """
     document = processor.document(sample)
-    if length is not None:
-        document = document.cut(length)
+    if weigh is not None:
+        document = weigh(document)
     return DocumentView(name, len(document), turns_of(sample, document, processor.text), note)
 
 
@@ -184,6 +185,7 @@ def _document_of(data: PlannedData, planned: PlannedSample) -> DocumentView:
         sample = data.samples[source].sample(shard, row, choice, stamp)
         name = f"{data.names[source]} · {sample.key}"
         note = "text cut at the end" if truncated else ""
-        return view_document(name, sample, data.blueprint.processor, length, note)
+        weigh = partial(data.sources[source].weighting.weigh, shard=shard, row=row, choice=choice, length=length)
+        return view_document(name, sample, data.blueprint.processor, weigh, note)
     except BrokenSample as error:
         return DocumentView(name, length, (), f"broken, replaced by padding: {error}")

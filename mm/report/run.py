@@ -130,6 +130,7 @@ def _training(title: str, histories: Sequence[History]) -> dict[str, Any]:
         "reconstructions": [_reconstructions(history) for history in histories if history.pictures],
         "unit": "Loss per picture" if histories[-1].autoencoder else "Loss in nats per token that bears loss",
         "parts_of_loss": [_parts_of_loss(history) for history in histories],
+        "weights": [_weights(history) for history in histories],
         "times": [_time(history) for history in histories if history.time],
         "memory": [_memory(history) for history in histories if history.memory],
         "flops": [_flops(history) for history in histories],
@@ -144,6 +145,23 @@ def _parts_of_loss(history: History) -> list[tuple[str, str, str]]:
     """(name, training, validation) of every source and modality."""
     parts = history.parts_of_loss.items()
     return [(name.replace("/", " "), _ends(training), _ends(validation)) for name, (training, validation) in parts]
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """Loss weights of a run's tokens, and for each bin (weight, share, its width in percent of the longest, loss)."""
+
+    label: str
+    effective: str
+    bins: tuple[tuple[str, str, float, str], ...]
+
+
+def _weights(history: History) -> Weighed | None:
+    if (weights := history.weights) is None:
+        return None
+    most = max(one.share for one in weights.bins)
+    rows = [(one.label, percent(one.share), 100 * one.share / most, _ends(one.loss)) for one in weights.bins]
+    return Weighed(history.name, percent(weights.effective), tuple(rows))
 
 
 @dataclass(frozen=True)

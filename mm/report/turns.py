@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from mm.packing.collate import CodeRun, Document, Item
 from mm.report.page import counted
 from mm.report.pictures import picture_of
 from mm.sample import MediaPart, Sample, Text
-from mm.tokenizers.text import TextTokenizer
+from mm.tokenizers.text import TextTokenizer, WordsOnly
 
 HALF_A_CHARACTER = "\ufffd"
 
@@ -39,6 +39,11 @@ class Span:
     picture: str = ""
     scaffold: bool = False
 
+    @property
+    def is_words(self) -> bool:
+        """Whether it is words of the sample."""
+        return self.modality == "text" and not self.scaffold
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -47,6 +52,12 @@ class Turn:
     role: str
     spans: tuple[Span, ...]
 
+    @property
+    def runs(self) -> list[list[Span]]:
+        """The spans, those together that read as one text: words that differ in nothing but weight."""
+        alike = groupby(enumerate(self.spans), lambda one: -1 if one[1].is_words else one[0])
+        return [[span for _, span in group] for _, group in alike]
+
 
 def turns_of(sample: Sample, document: Document, tokenizer: TextTokenizer) -> tuple[Turn, ...]:
     """The document of a sample in stream order, as turns of spans.
@@ -54,6 +65,8 @@ def turns_of(sample: Sample, document: Document, tokenizer: TextTokenizer) -> tu
     Raises:
         BrokenMedia: an item of the sample cannot be decoded.
     """
+    if isinstance(tokenizer, WordsOnly):
+        sample = replace(sample, parts=tuple(part for part in sample.parts if isinstance(part, Text)))
     pieces = list(_pieces(document, tokenizer))
     placed = zip(_places(sample, pieces), pieces, strict=True)
     turns = []
@@ -83,12 +96,12 @@ class _Place(NamedTuple):
 
 
 def _pieces(document: Document, tokenizer: TextTokenizer) -> Iterator[_Piece]:
-    items = {item.start: item for item in document.items}
+    items, weights = {item.start: item for item in document.items}, document.loss_weights
     start = context = 0  # the context is the piece before: some tokenizers write a space only between tokens
     while start < len(document):
         if start in items:
             stop = start + items[start].length
-            yield _Piece(start, stop, float(document.weights[start]), item=items[start])
+            yield _Piece(start, stop, float(weights[start]), item=items[start])
             start = context = stop
             continue
         known = len(tokenizer.decode(document.tokens[context:start].tolist()))
@@ -96,7 +109,7 @@ def _pieces(document: Document, tokenizer: TextTokenizer) -> Iterator[_Piece]:
         while text.endswith(HALF_A_CHARACTER) and stop < len(document) and stop not in items:
             stop += 1
             text = tokenizer.decode(document.tokens[context:stop].tolist())
-        yield _Piece(start, stop, float(document.weights[start]), text[known:])
+        yield _Piece(start, stop, float(weights[start]), text[known:])
         context, start = start, stop
 
 

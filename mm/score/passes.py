@@ -35,6 +35,13 @@ class Scorer(ABC):
     type: pa.DataType
     fingerprint: str
 
+    def prepare(self, index: Index, progress: bool = True) -> None:  # noqa: B027  (most have nothing to prepare)
+        """What has to be done before the pass over an index, in this process; `fingerprint` is known afterwards."""
+
+    def told(self, index: Index) -> str:
+        """A line about the column of an index."""
+        return f"{index.card.name}/{index.split}: column {self.name!r} of {index.rows:,} samples"
+
     @abstractmethod
     def values(self, rows: Sequence[Row]) -> Sequence[Any]:
         """A value for each row, None for one that has none. Does not depend on which rows are asked for together."""
@@ -44,6 +51,8 @@ def score_index(
     index: Index, scorer: Scorer, batch: int = 32, processes: int | None = 0, progress: bool = True
 ) -> None:
     """Computes the column of a scorer where it is missing; see `mm.data.columns.load` and `ColumnReader` for reading.
+
+    The scorer is prepared.
 
     Args:
         batch: rows that are looked at together.

@@ -87,6 +87,7 @@ class TokenizerOptions:
         language model that never saw a document begin with a picture makes its first embedding a sink of attention:
         gradients of an adapter are hundreds of times larger and useless unless a token it knows stands before
     around: text around media, by modality
+    words_only: leave media out of documents, see `WordsOnly`
     """
 
     path: str
@@ -94,6 +95,7 @@ class TokenizerOptions:
     end: str | None = None
     begin: str | None = None
     around: dict[str, Around] = field(default_factory=dict)
+    words_only: bool = False
 
     def __post_init__(self) -> None:
         allowed = [modality.label for modality in Modality if modality is not Modality.TEXT]
@@ -179,7 +181,8 @@ class TextTokenizer:
         definition, roles, template = _read(options.path)
         if options.template is not None:
             template = _named_template(options.template)
-        return cls(definition, roles, template, options.end, options.begin, options.around)
+        kind = WordsOnly if options.words_only else cls
+        return kind(definition, roles, template, options.end, options.begin, options.around)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), self._arguments
@@ -391,6 +394,25 @@ class TextTokenizer:
                 raise RecipeError(
                     f"tokenizer: plain text {name!r} becomes the special token itself; untrusted text could"
                 )
+
+
+class WordsOnly(TextTokenizer):
+    """Leaves the media of samples out: the words have the ids that they have beside media, and what stands around media
+    stays. For a language model of captions, such as the reference of PRIOR.
+
+    A document whose first token bears loss is opened with `end`, so that the token has a probability.
+
+    beside_media: fingerprint of the tokenizer that keeps media
+    """
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.beside_media = self.fingerprint
+        self.fingerprint = _fingerprint(self.fingerprint, type(self).__name__)
+
+    def render(self, sample: Sample) -> list[Piece]:
+        pieces = [piece for piece in super().render(sample) if piece.part is None]
+        return [Piece((self.end,), False), *pieces] if pieces[0].loss else pieces
 
 
 class MediaOnly(TextTokenizer):

@@ -64,6 +64,7 @@ class PlannedData:
             seed=self.plan.seed,
             capacity=capacity,
             share=share,
+            weightings=[source.weighting for source in self.sources],
             ahead=partial(fetch_rows_ahead, shards) if ahead and shards[0].card.cache else None,
         )
 

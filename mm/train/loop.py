@@ -128,7 +128,7 @@ def run(
     begins = saved is not None and len(saved.finished) < stage.number
     torch.manual_seed(recipe.seed)
     model = build_trainable(recipe.model, meta=not world.is_first).train()  # `build_engine` gives others their weights
-    objective.prepare(model)
+    objective.prepare(model, data.blueprint.processor, world.device)
     grows = begins and last is not None and not checkpoint.fits(last, model)
     resumed = None if grows else last  # into another architecture go weights alone
     start = last if grows else checkpoint.find(recipe.init_from) if recipe.init_from else None

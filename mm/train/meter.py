@@ -29,6 +29,9 @@ from mm.train.memory import Memory
 
 # ----------------------------------------------------------------------------------------------------------- FLOPs
 
+WEIGHTS = "weights/"
+"""What figures about the weights of tokens begin with, see `mm.objectives.next_token.weight_sums`."""
+
 PARTS: tuple[str, ...] = ("encoders", "adapters", "quantiser", "decoder", "head", "judges")
 """Where the FLOPs go, in the order of the forward. A part is named ``decoder``, or ``encoders.image`` per modality."""
 
@@ -250,19 +253,22 @@ def _memory_figures(memory: Memory, largest: Callable[[list[float]], list[float]
     return {"memory/peak": peak, **parts}
 
 
+def figure_name(name: str) -> str:
+    """What the figure of a pair of sums is called: a loss, or something about the weights of tokens."""
+    return "loss" if name == "total" else name if name.startswith(WEIGHTS) else f"loss/{name}"
+
+
 def _figures(sums: Mapping[str, float], names: Sequence[str], steps: int, peak: Peak) -> dict[str, float]:
     """The figures that follow from sums over steps and processes, see `Meter.report`."""
     seconds = sums["seconds"] / sums["processes"]
     flops = {part: sums[f"flops/{part}"] for part in PARTS}
     all_flops = sum(flops.values())
     shares = {phase: sums[f"seconds/{phase}"] / sums["seconds"] for phase in PHASES}
-    losses = {
-        "loss" if name == "total" else f"loss/{name}": sums[f"weighted/{name}"] / sums[f"weight/{name}"]
-        for name in names
-        if sums[f"weight/{name}"]
-    }
+    means = {name: sums[f"weighted/{name}"] / sums[f"weight/{name}"] for name in names if sums[f"weight/{name}"]}
+    if means.get("weights/mean", 1.0) == means.get("weights/square", 1.0) == 1.0:  # all tokens alike: nothing to tell
+        means = {name: mean for name, mean in means.items() if not name.startswith(WEIGHTS)}
     return {
-        **losses,
+        **{figure_name(name): mean for name, mean in means.items()},
         "gradient_norm": sums["norm"] / sums["processes"] / steps,
         "tokens_per_second": sums["real"] / seconds,
         "fill": sums["real"] / sums["capacity"] if sums["capacity"] else math.nan,

@@ -33,6 +33,8 @@ class SourceOptions:
     epochs: how often each sample is seen: 2 samples up, 0.5 down to half of the samples. With weights it is a bound:
         the first source that reaches it ends the run. None follows the recipe's `epochs`
     where: which samples are taken, such as ``clip > 0.28 and width >= 200``, see `mm.data.where`
+    weights: factors of the loss weights of its tokens, each by a name of your own: ``{prior: {_target_:
+        mm.packing.weights.Prior, alpha: 1}}``. They multiply, see `mm.packing.weights`
     """
 
     card: str
@@ -40,6 +42,7 @@ class SourceOptions:
     weight: float | None = None
     epochs: float | None = None
     where: str | None = None
+    weights: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass

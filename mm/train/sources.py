@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from mm import configure
+from mm.configure import RecipeError
 from mm.data import columns
 from mm.data.card import Card
 from mm.data.codes import CodeColumn, CodedSamples
@@ -35,7 +36,9 @@ from mm.model.trainable import Trainable
 from mm.packing.collate import Processor
 from mm.packing.materialise import Samples
 from mm.packing.source import DROPPED, FILTERED, MISSING, QUANTITIES, Rows, Source
+from mm.packing.weights import Factor, Weighting
 from mm.sample import BrokenSample, Modality
+from mm.tokenizers.text import WordsOnly
 from mm.train.recipe import DataOptions, Recipe, SourceOptions
 
 logger = logging.getLogger(__name__)
@@ -91,6 +94,8 @@ class Blueprint:
 
     def media_of(self, index: Index) -> RowMedia:
         """What the media of every row cost, from header facts. Rows of equal facts are computed once."""
+        if isinstance(self.processor.text, WordsOnly):
+            return RowMedia.none(index.rows)
         _, first, which = np.unique(index.signature, return_index=True, return_inverse=True)
         counts = np.zeros((len(first), len(QUANTITIES)), np.int32)
         tokens = np.zeros((len(first), len(QUANTITIES)), np.int32)
@@ -117,6 +122,12 @@ class RowMedia:
     counts: np.ndarray
     tokens: np.ndarray
     flops: np.ndarray
+
+    @classmethod
+    def none(cls, rows: int) -> RowMedia:
+        """Of rows whose media are left out."""
+        nothing = np.zeros((rows, len(QUANTITIES)), np.int32)
+        return cls(nothing, nothing, np.zeros(rows))
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,13 +167,30 @@ class OpenSource:
         columns.ensure_choices(index, *_lengths_of(processor), processes=None)
         for column in blueprint.code_columns:
             column.check_computed(index)
-        return cls(name, options, samples, blueprint, index, *_selection(index, options.where))
+        source = cls(name, options, samples, blueprint, index, *_selection(index, options.where))
+        source.weighting.check(index)
+        return source
 
     @cached_property
     def read(self) -> Samples:
         """The samples as training reads them: items of discrete modalities as their codes."""
         found = self.blueprint.code_columns
         return CodedSamples(self.samples, found) if found else self.samples
+
+    @cached_property
+    def weighting(self) -> Weighting:
+        """The loss weights of its tokens.
+
+        Raises:
+            RecipeError: `weights` names no factor.
+        """
+        factors = {}
+        for name, spec in self.options.weights.items():
+            try:
+                factors[name] = configure.build(spec, Factor)
+            except RecipeError as error:
+                raise RecipeError(f"source {self.name}, weights.{name}: {error}") from error
+        return Weighting(factors, self.samples, self.blueprint.processor.text.fingerprint)
 
     @property
     def errors(self) -> int:
@@ -194,6 +222,7 @@ class OpenSource:
         index = self.samples.index(shards)
         for column in self.blueprint.code_columns:
             column.check_computed(index)
+        self.weighting.check(index)
         media = self.blueprint.media_of(index)
         text = _text_lengths(index, self.blueprint.processor)
         self._tell_unusable(index, text)
