@@ -125,7 +125,7 @@ class NextToken(Objective):
     def examine(self, model: nn.Module, batch: Batch, sources: Sequence[str]) -> Examined:
         """The losses, and how many tokens no expert took where experts choose."""
         batch = self._weighted(batch)
-        predicted: Any = model(batch, z_loss=self.z_loss)
+        predicted: Any = model(batch, self.head_loss)
         return Examined(
             loss_sums(weighted_sums(batch, predicted.nll, sources)) | untaken_sums(predicted.reports.untaken)
         )
