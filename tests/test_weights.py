@@ -184,6 +184,7 @@ def test_values_go_to_the_words_of_the_choice_that_was_drawn(fused: Document) ->
         (stored((0, []), (7, [-1.0, -2.0, -3.0])), "computed for other words"),
         (pa.scalar(None, pa.float32()), "the value is None"),
         (pa.scalar("heavy"), "the value is 'heavy'"),
+        (pa.scalar([1.0, None, 3.0]), "1 of 3 values are null"),
     ],
 )
 def test_values_that_do_not_belong_to_the_words_are_an_error(fused: Document, value: pa.Scalar, message: str) -> None:
