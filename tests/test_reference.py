@@ -24,6 +24,7 @@ from mm.data import columns
 from mm.data.card import Card
 from mm.data.columns import ColumnError
 from mm.data.index import Index, index_card
+from mm.model.hub import save_decoder
 from mm.packing.batch import IGNORE
 from mm.packing.collate import Processor
 from mm.packing.materialise import MicroStep
@@ -271,6 +272,21 @@ def test_shards_that_are_indexed_in_training_find_their_columns(world: World) ->
     lazy = planned(replace(recipe, data=replace(recipe.data, lazy=True))).materialiser()
     lazy = pickle.loads(pickle.dumps(lazy))[MicroStep(0, (0,))]
     assert torch.equal(lazy.weights[lazy.weights > 0].sort().values, whole.weights[whole.weights > 0].sort().values)
+
+
+def test_a_pretrained_model_from_elsewhere_scores_as_it_is(world: World, tmp_path: Path) -> None:
+    pretrained = tiny_model([])
+    save_decoder(pretrained.decoder, tmp_path / "published")
+    model = {"decoder": {"pretrained": str(tmp_path / "published")}}
+    reference = write_reference(tmp_path, world.tokenizer, model=model)
+    scorer = ReferenceLM(str(reference), folds=1)
+    scorer.prepare(world.index)
+    assert not (tmp_path / "reference" / "fold-0-of-1").exists()  # nothing was trained
+    (found,) = scorer.values([lambda choice: world.index.sample(0, choice)])
+    assert found
+    words = Processor(TextTokenizer.load(TokenizerOptions(str(world.tokenizer), words_only=True)), {})
+    expected = next(log_probabilities(pretrained.eval(), words, [words.document(world.index.sample(0))]))
+    np.testing.assert_allclose(found[0]["log_probabilities"], expected, rtol=2e-3)
 
 
 def test_a_given_model_that_saw_the_samples_is_warned_of(world: World, caplog: pytest.LogCaptureFixture) -> None:
