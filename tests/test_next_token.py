@@ -105,6 +105,30 @@ def test_a_modality_of_weight_0_is_in_neither_the_loss_nor_its_normaliser(
     assert [float(value) for value in sums["modality/image"]] == [0, 0]
 
 
+def test_a_share_of_smoothing_that_leaves_nothing_to_the_label_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"label_smoothing is 1\.0; expected a share from 0 to below 1"):
+        NextToken(label_smoothing=1.0)
+
+
+def test_smoothing_is_over_words_and_codes_and_not_over_rows_that_fill_up_the_head(
+    tokenizer: TextTokenizer, model: MultimodalLM
+) -> None:
+    """What the head says of rows behind the last id has no part in the target."""
+    objective, batch = NextToken(label_smoothing=0.3), labelled_batch(tokenizer)
+    book = Vocabulary.of(tokenizer.vocabulary, {Modality.IMAGE: 16, Modality.SPEECH: 8})
+    processor = Processor(tokenizer, {kind: Spelling(Patches(), one, "") for kind, one in book.codebooks.items()})
+    objective.prepare(model, processor, torch.device("cpu"))
+    assert model.ids == book.size == 259 + 18 + 10
+    labelled = batch.labels != IGNORE
+    logits = (model.hidden(batch) @ model.decoder.head_weight.T)[labelled]
+    target = 0.7 * torch.nn.functional.one_hot(batch.labels[labelled], 400).double()
+    target[:, : book.size] += 0.3 / book.size
+    expected = torch.nn.functional.cross_entropy(logits, target)
+    found, _ = objective.loss(model, batch, objective.weights([batch]), ["test"])
+    assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-10)
+    model.ids = None
+
+
 def test_without_weights_of_modalities_the_batch_is_taken_as_it_is(tokenizer: TextTokenizer) -> None:
     batch = labelled_batch(tokenizer)
     assert NextToken()._weighted(batch) is batch

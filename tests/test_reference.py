@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import pickle
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,6 +24,7 @@ from mm.data import columns
 from mm.data.card import Card
 from mm.data.columns import ColumnError
 from mm.data.index import Index, index_card
+from mm.model.hub import save_decoder
 from mm.packing.batch import IGNORE
 from mm.packing.collate import Processor
 from mm.packing.materialise import MicroStep
@@ -247,6 +249,44 @@ def test_several_processes_write_the_same_column(world: World, tmp_path: Path) -
     alone = list(scorer.values([lambda choice, row=row: index.sample(row, choice) for row in range(24)]))
     for one, other in zip(apart, alone, strict=True):
         np.testing.assert_allclose(one[0]["log_probabilities"], other[0]["log_probabilities"], rtol=2e-3)
+
+
+def test_two_references_are_told_apart_by_name(world: World, tmp_path: Path) -> None:
+    card = write_captions(tmp_path)
+    runs = [world.folder / "reference" / f"fold-{fold}-of-3" for fold in range(2)]
+    for run in runs:
+        score(card, run, tmp_path)
+    recipe = recipe_of_captions(tmp_path, card, world.tokenizer, PRIOR)
+    with pytest.raises(ColumnError, match=r"could be 2 columns: .*, 1 folds; .*, 1 folds"):
+        planned(Recipe.load(recipe))
+    score(card, runs[1], tmp_path, "name=other")
+    named = {"prior": {**PRIOR["prior"], "column": "other"}}
+    recipe = recipe_of_captions(tmp_path, card, world.tokenizer, named)
+    batch = planned(Recipe.load(recipe)).materialiser()[MicroStep(0, (0,))]
+    assert batch.weights.unique().numel() > 10
+
+
+def test_shards_that_are_indexed_in_training_find_their_columns(world: World) -> None:
+    recipe = Recipe.load(recipe_of_captions(world.folder, world.card, world.tokenizer, PRIOR))
+    whole = planned(recipe).materialiser()[MicroStep(0, (0,))]
+    lazy = planned(replace(recipe, data=replace(recipe.data, lazy=True))).materialiser()
+    lazy = pickle.loads(pickle.dumps(lazy))[MicroStep(0, (0,))]
+    assert torch.equal(lazy.weights[lazy.weights > 0].sort().values, whole.weights[whole.weights > 0].sort().values)
+
+
+def test_a_pretrained_model_from_elsewhere_scores_as_it_is(world: World, tmp_path: Path) -> None:
+    pretrained = tiny_model([])
+    save_decoder(pretrained.decoder, tmp_path / "published")
+    model = {"decoder": {"pretrained": str(tmp_path / "published")}}
+    reference = write_reference(tmp_path, world.tokenizer, model=model)
+    scorer = ReferenceLM(str(reference), folds=1)
+    scorer.prepare(world.index)
+    assert not (tmp_path / "reference" / "fold-0-of-1").exists()  # nothing was trained
+    (found,) = scorer.values([lambda choice: world.index.sample(0, choice)])
+    assert found
+    words = Processor(TextTokenizer.load(TokenizerOptions(str(world.tokenizer), words_only=True)), {})
+    expected = next(log_probabilities(pretrained.eval(), words, [words.document(world.index.sample(0))]))
+    np.testing.assert_allclose(found[0]["log_probabilities"], expected, rtol=2e-3)
 
 
 def test_a_given_model_that_saw_the_samples_is_warned_of(world: World, caplog: pytest.LogCaptureFixture) -> None:

@@ -67,7 +67,7 @@ class NextToken(Objective):
                 raise RecipeError(f"objective.modality_weights.{name} is {weight}; expected a number from 0 on")
         if not 0 <= self.label_smoothing < 1:
             raise RecipeError(
-                f"objective.label_smoothing is {self.label_smoothing}; expected a share, from 0 to below 1"
+                f"objective.label_smoothing is {self.label_smoothing}; expected a share from 0 to below 1"
             )
 
     def prepare(self, model: Trainable, processor: Processor, device: torch.device) -> None:

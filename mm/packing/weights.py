@@ -348,22 +348,28 @@ def aligned(value: pa.Scalar, document: Document, choice: int) -> np.ndarray:
     Raises:
         ColumnError: null, another kind of value, or not for these words.
     """
-    listed = value.as_py()
-    if listed is not None and pa.types.is_list(value.type) and pa.types.is_nested(value.type.value_type):
-        if choice >= len(listed):
-            raise ColumnError(f"{len(listed)} choices of text, and choice {choice} is asked for")
-        listed = listed[choice]
+    if value.is_valid and pa.types.is_list(value.type) and pa.types.is_nested(value.type.value_type):
+        if choice >= len(value.values):
+            raise ColumnError(f"{len(value.values)} choices of text, and choice {choice} is asked for")
+        value = value.values[choice]
     words = words_with_loss(document)
-    if isinstance(listed, dict):
-        if listed["ids"] != digest(document.tokens[words]):
+    if value.is_valid and pa.types.is_struct(value.type):
+        if value["ids"].as_py() != digest(document.tokens[words]):
             raise ColumnError("computed for other words than the sample has now; compute it again")
-        listed = listed["log_probabilities"]
-    if isinstance(listed, Real):
-        return np.full(len(document), float(listed))
-    if not isinstance(listed, list):
-        raise ColumnError(f"the value is {listed!r}; expected a number or a list of numbers")
+        value = value["log_probabilities"]
+    if not value.is_valid or not pa.types.is_list(value.type):
+        return np.full(len(document), _number(value.as_py()))
+    listed = value.values.to_numpy(zero_copy_only=False)
     if len(listed) != words.sum():
         raise ColumnError(f"{len(listed)} values, and the sample has {words.sum()} words with loss")
+    if value.values.null_count:
+        raise ColumnError(f"{value.values.null_count} of {len(listed)} values are null")
     values = np.full(len(document), np.nan)
     values[words] = listed
     return values
+
+
+def _number(value: Any) -> float:
+    if not isinstance(value, Real):
+        raise ColumnError(f"the value is {value!r}; expected a number or a list of numbers")
+    return float(value)

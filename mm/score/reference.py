@@ -66,16 +66,24 @@ class ReferenceLM(Scorer):
             checkpoint or export, which is taken as it is.
         folds: K, from 2 on where models are trained; 1 takes the recipe's pretrained decoder as it is. A trained model
             has one.
+        name: of the column, where there are to be several references.
         trained_on: the split of the card that the folds are of. Any split is scored: a sample by the model of its fold.
         device: where scoring computes, such as ``cuda``.
     """
 
-    name = REFERENCE
     type = reference_type()
 
-    def __init__(self, model: str, folds: int | None = None, trained_on: str = "train", device: str = "cpu") -> None:
-        self._model = model
-        self._is_trained = Path(model).expanduser().is_dir()
+    def __init__(
+        self,
+        model: str,
+        folds: int | None = None,
+        name: str = REFERENCE,
+        trained_on: str = "train",
+        device: str = "cpu",
+    ) -> None:
+        self.name = name
+        self._model = str(Path(model).expanduser())
+        self._is_trained = Path(self._model).is_dir()
         self._folds = folds or (1 if self._is_trained else 2)
         self._trained_on, self._device = trained_on, device
         if self._folds < 1 or (self._is_trained and self._folds > 1):
@@ -113,7 +121,7 @@ class ReferenceLM(Scorer):
 
     def told(self, index: Index) -> str:
         """Words, their mean loss, and how many are known without a picture."""
-        values = columns.load(index, REFERENCE, self.fingerprint).combine_chunks()
+        values = columns.load(index, self.name, self.fingerprint).combine_chunks()
         logs = values.flatten().field("log_probabilities").flatten().to_numpy(zero_copy_only=False).astype(np.float64)
         return (
             f"{index.card.name}/{index.split}: {index.rows:,} samples, {len(logs):,} words at {-logs.mean():.3f} nats; "

@@ -1,0 +1,507 @@
+"""Token weights by a reference against plain next-token prediction: a sweep over arms and seeds, and what it costs.
+
+    clip-art, WordNet ─▶ captions: title, gloss, boilerplate ─▶ BPE ─┬─▶ reference in folds ─▶ column ─▶ arms ─┐
+                                                                     └─▶ judges, with and without pictures ────┴─▶ table
+
+A title says what the picture shows; the gloss of its noun follows from the title, and the boilerplate is much the same
+everywhere. So a model of words alone predicts most of a caption, and weights have something to tell apart. What counts
+is the held-out loss of two kinds of tokens. Which are *image-related* is decided without any weight: by judges, models
+of other seeds trained plainly with pictures and without, whose losses on held-out captions are compared token by token.
+
+    python -m benchmarks.prior prepare FOLDER --wordnet wordnet-base.deb    captions, BPE, reference: minutes, once
+    python -m benchmarks.prior sweep FOLDER      all runs, two at a time; repeated, it goes on
+    python -m benchmarks.prior table FOLDER      what prior.jsonl holds, with intervals
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from filelock import FileLock
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor, nn
+
+from mm.data import columns
+from mm.data.card import Card
+from mm.data.columns import Row
+from mm.data.index import Index, index_card
+from mm.data.sources.debian import package_files
+from mm.data.sources.writer import Member, write_shards
+from mm.demo import captioned_pictures
+from mm.evaluate import Options, build_choice_suite, evaluate
+from mm.evaluate.model import ModelAnswerer
+from mm.objectives.next_token import NextToken
+from mm.packing.batch import IGNORE, Batch
+from mm.packing.weights import REFERENCE, Reference, reference_type
+from mm.score.reference import log_probabilities
+from mm.train.export import load_trained
+
+RESULTS = Path(__file__).with_name("prior.jsonl")
+DEMO = Path("data_cards/demo/card.yaml")
+WORDNET = PurePosixPath("usr/share/wordnet")
+
+STEPS, REFERENCE_STEPS, FOLDS = 300, 160, 4
+RATES = (1e-3, 3e-3)
+SEEDS = (0, 1, 2)
+JUDGES = (100, 101)
+"""Seeds of the judges."""
+
+DROP = 0.1
+"""Nats that a picture saves the judges on a token, from which on the token is image-related. Fixed before any run."""
+
+PRIOR = "mm.packing.weights.Prior"
+ARMS: dict[str, dict[str, Any]] = {
+    "NTP": {},
+    "PRIOR 0.5": {"weights": {"_target_": PRIOR, "alpha": 0.5}},
+    "PRIOR 1": {"weights": {"_target_": PRIOR, "alpha": 1.0}},
+    "PRIOR 2": {"weights": {"_target_": PRIOR, "alpha": 2.0}},
+    "inverse 0.5": {"weights": {"_target_": "mm.packing.weights.InversePrior", "alpha": 0.5}},
+    "shuffled over all": {"weights": {"_target_": PRIOR, "column": "shuffled"}},
+    "shuffled within": {"weights": {"_target_": PRIOR, "column": "shuffled_within"}},
+    "inverted": {"weights": {"_target_": "benchmarks.prior.Inverted"}},
+    "focal": {"objective": "benchmarks.prior.Focal"},
+    # AdamW does not see the size of gradients, but clipping does: here every step of both is clipped to one norm.
+    "NTP, one norm": {"clip": 0.01},
+    "PRIOR 1, one norm": {"weights": {"_target_": PRIOR, "alpha": 1.0}, "clip": 0.01},
+    "judge without picture": {"blind": True},
+}
+JUDGE_ARMS = ("NTP", "judge without picture")
+
+
+@dataclass(frozen=True)
+class Inverted(Reference):
+    """A control: predictable words weigh most, ``w = p``."""
+
+    def weight(self, log_probabilities: np.ndarray) -> np.ndarray:
+        return np.exp(log_probabilities)
+
+
+@dataclass(frozen=True)
+class Focal(NextToken):
+    """A control without reference: ``w = 1 − p`` of the model itself (Lin et al. 2017, γ = 1), per caption as PRIOR."""
+
+    def loss(
+        self, model: nn.Module, batch: Batch, denominators: Mapping[str, float], sources: Sequence[str]
+    ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+        with torch.no_grad():
+            predicted: Any = model(batch, self.head_loss)
+        labelled = (batch.labels != IGNORE).nonzero().squeeze(1)
+        document = batch.document_of_token()[labelled]
+        raw = -torch.expm1(-predicted.nll.double())
+        sums = torch.zeros(len(batch.rows), 2, dtype=torch.float64)
+        sums.index_add_(0, document, torch.stack([raw, torch.ones_like(raw)], 1))
+        factors = raw * (sums[:, 1] / sums[:, 0].clamp(min=1e-12))[document]
+        weights = torch.zeros_like(batch.weights).index_copy(0, labelled, factors.to(batch.weights.dtype))
+        return super().loss(model, replace(batch, weights=weights), denominators, sources)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run."""
+
+    arm: str
+    rate: float
+    seed: int
+    steps: int = STEPS
+
+    @property
+    def name(self) -> str:
+        words = f"{self.arm} lr {self.rate:g} seed {self.seed} steps {self.steps}"
+        return words.replace(",", "").replace(" ", "-")
+
+
+# -------------------------------------------------------------------------------------------------------- the captions
+
+
+def glosses(wordnet: Path) -> dict[str, str]:
+    """The definition of every noun's most frequent meaning, from Debian's wordnet-base."""
+    files = dict(package_files(wordnet, WORDNET, ("data.noun", "index.noun")))
+    data, found = files["data.noun"], {}
+    for line in files["index.noun"].decode().splitlines():
+        if line.startswith(" "):  # the licence
+            continue
+        lemma, *fields = line.split()
+        senses = int(fields[1])
+        start = int(fields[-senses])
+        gloss = data[start : data.index(b"\n", start)].decode().partition(" | ")[2]
+        found[lemma] = re.split(r'; "|\(|;', gloss)[0].strip() or gloss.strip()
+    return found
+
+
+def caption(facts: Mapping[str, str], meanings: Mapping[str, str]) -> str:
+    """A title, what its noun means, and what a collection writes under every drawing."""
+    gloss = meanings.get(facts["head"].lower().replace(" ", "_"))
+    meaning = f" {facts['head'].capitalize()}: {gloss}." if gloss else ""
+    return (
+        f"{facts['caption'].capitalize()}.{meaning} Clip art of the category {facts['category']}, drawn by "
+        f"{facts['author'] or 'an unknown artist'} for the Open Clip Art Library and released into the public domain."
+    )
+
+
+def write_captions(folder: Path, meanings: Mapping[str, str]) -> None:
+    """The demo's drawings with longer captions; validation and held-out drawings are one split."""
+    card = Card.load(DEMO)
+    splits = {"train": ("train",), "heldout": ("validation", "heldout")}
+    for split, sources in splits.items():
+        write_shards(_members(card, sources, meanings), folder, split, 500)
+    about = {
+        "name": "captions",
+        "description": "The demo's drawings; captions of a title, a gloss and boilerplate.",
+        "licence": "public domain; glosses under the WordNet 3.0 licence",
+        "origin": "data_cards/demo and Debian's wordnet-base, by benchmarks/prior.py",
+        "format": "webdataset",
+        "splits": {split: {"shards": [f"{split}-*.tar"]} for split in splits},
+        "sample": [{"image": "webp"}, {"text": "txt"}],
+    }
+    (folder / "card.yaml").write_text(yaml.safe_dump(about, sort_keys=False))
+
+
+def _members(card: Card, splits: Sequence[str], meanings: Mapping[str, str]) -> Iterator[Member]:
+    for path in (path for split in splits for path in card.shards(split)):
+        shard = card.open(path)
+        for number, scanned in enumerate(shard.scan()):
+            assert scanned.record is not None
+            fields = scanned.record.fields
+            key = f"{Path(path).stem}-{number:05d}"
+            yield Member(key, {"webp": fields["webp"], "txt": caption(json.loads(fields["json"]), meanings)})
+        shard.close()
+
+
+def prepare(folder: Path, wordnet: Path) -> None:
+    """Captions, BPE, the reference and its shuffled controls; what is there already is not made again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    captions = folder / "captions"
+    if not (captions / "card.yaml").exists():
+        captions.mkdir(exist_ok=True)
+        write_captions(captions, glosses(wordnet))
+    if not (folder / "bpe").exists():
+        command("data", "bpe", str(captions / "card.yaml"), "--size", "2048", "--out", str(folder / "bpe"))
+    begin = processor_seconds()
+    score(folder)
+    spent = processor_seconds() - begin
+    for name, within in (("shuffled", False), ("shuffled_within", True)):
+        write_shuffled(train_index(folder), name, within)
+    done = {"arm": "reference", "cpu_seconds": round(spent)}
+    if not any(one["arm"] == "reference" for one in read_results()):
+        write_result(done)
+
+
+def command(*arguments: str) -> None:
+    """Run a command of the suite, on one thread."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-m", "mm", *arguments], check=True, env=environment)
+
+
+def processor_seconds() -> float:
+    """Of all processes that this one has started and waited for."""
+    spent = os.times()
+    return spent.children_user + spent.children_system
+
+
+def score(folder: Path) -> None:
+    """The reference: trained on the captions in folds, and its column."""
+    path = folder / "reference.yaml"
+    recipe = base_recipe(folder, "reference", STEPS) | {
+        "run": str(folder / "reference"),
+        "model": {"decoder": {"config": DECODER}},
+        "steps": REFERENCE_STEPS,
+    }
+    recipe["data"] = {"workers": 0}
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    with_options = ["--with", "mm.score.reference.ReferenceLM", "--model", str(path), f"folds={FOLDS}"]
+    card = str(folder / "captions" / "card.yaml")
+    command("data", "score", card, *with_options, "--folder", str(folder / "index" / "index"))
+
+
+def train_index(folder: Path, split: str = "train") -> Index:
+    card = Card.load(folder / "captions" / "card.yaml")
+    return index_card(card, split, folder / "index" / "index", progress=False)
+
+
+def write_shuffled(index: Index, name: str, within: bool) -> None:
+    """The reference's column with its log-probabilities in random order, over all tokens or within each caption."""
+    (fingerprint,) = columns.fingerprints(index, REFERENCE)
+    values = columns.load(index, REFERENCE, fingerprint).to_pylist()
+    draw = np.random.default_rng(0)
+    logs = [np.array(one[0]["log_probabilities"], np.float16) for one in values]
+    if within:
+        mixed = [draw.permutation(of_caption) for of_caption in logs]
+    else:
+        mixed = np.split(draw.permutation(np.concatenate(logs)), np.cumsum([len(one) for one in logs])[:-1])
+    rows = iter([[one[0] | {"log_probabilities": new}] for one, new in zip(values, mixed, strict=True)])
+
+    def values_of(shard: Iterator[Row]) -> Iterator[Any]:
+        return (next(rows) for _ in shard)
+
+    if not columns.fingerprints(index, name):
+        columns.ensure(index, name, fingerprint, values_of, reference_type(), 0, progress=False)
+
+
+# ------------------------------------------------------------------------------------------------------------- one run
+
+DECODER = {
+    "vocabulary": 2048,
+    "width": 192,
+    "layers": 4,
+    "heads": 3,
+    "kv_heads": 3,
+    "head_dim": 64,
+    "ffn": 512,
+    "context": 512,
+}
+ENCODER = {"preset": "encoders/tf-efficientnet-lite0.yaml"}
+ADAPTER = {"_target_": "mm.encoders.adapters.AveragePool", "tokens": 4, "norm": True}
+
+
+def base_recipe(folder: Path, name: str, steps: int) -> dict[str, Any]:
+    return {
+        "name": name,
+        "steps": steps,
+        "model": {"decoder": {"config": DECODER}, "encoders": {"image": {**ENCODER, "adapter": ADAPTER}}},
+        "tokenizer": {"path": str(folder / "bpe")},
+        "packing": {"capacity": 512, "batch": 4, "window": 64},
+        "micro_batch": 4,
+        "precision": "fp32",
+        "optim": {"lr": RATES[0], "weight_decay": 0.1},
+        "schedule": {"warmup": 0.06, "floor": 0.02},
+        "log_every": 10,
+        "log_to": [],
+        "keep": 1,
+    }
+
+
+def recipe(job: Job, folder: Path) -> dict[str, Any]:
+    """The recipe of a run."""
+    arm = ARMS[job.arm]
+    card = str(folder / "captions" / "card.yaml")
+    weights = {"arm": arm["weights"]} if "weights" in arm else {}
+    made = base_recipe(folder, job.name, job.steps) | {
+        "run": str(folder / "runs" / job.name),
+        "seed": job.seed,
+        "objective": {"_target_": arm.get("objective", "mm.objectives.next_token.NextToken")},
+        "data": {
+            "sources": {"captions": {"card": card, "weights": weights}},
+            "index": str(folder / "index"),
+            "workers": 0,
+        },
+    }
+    made["optim"] = {"lr": job.rate, "weight_decay": 0.1, "clip": arm.get("clip", 1.0)}
+    if arm.get("blind"):
+        made["model"] = {"decoder": {"config": DECODER}}
+        made["tokenizer"] = {"path": str(folder / "bpe"), "words_only": True}
+    else:
+        made["optim"]["parts"] = [{"match": r"^encoders\.", "freeze": True}]
+    return made
+
+
+TIMED = """
+import resource, sys
+from mm.train.loop import train
+from mm.train.recipe import Recipe
+train(Recipe.load(sys.argv[1]))
+used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+print("CPU seconds", sum(one.ru_utime + one.ru_stime for one in used))
+"""
+
+
+def run(job: Job, folder: Path) -> None:
+    """Train, measure on held-out drawings, and append what came out to the results."""
+    path, log = folder / "recipes" / f"{job.name}.yaml", folder / "logs" / f"{job.name}.txt"
+    for file in (path, log):
+        file.parent.mkdir(exist_ok=True)
+    path.write_text(yaml.safe_dump(recipe(job, folder), sort_keys=False))
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with log.open("w") as output:
+        training = [sys.executable, "-c", TIMED, str(path)]
+        measuring = [sys.executable, "-m", "benchmarks.prior", "measure", str(folder), job.name]
+        for command_line in (training, measuring):
+            done = subprocess.run(command_line, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False)
+            if done.returncode:
+                raise RuntimeError(f"{job.name} failed, see {log}:\n{log.read_text()[-2000:]}")
+    processor = float(log.read_text().partition("CPU seconds ")[2].split()[0])
+    found = json.loads((folder / "measured" / f"{job.name}.json").read_text())
+    write_result(asdict(job) | {"cpu_seconds": round(processor)} | found)
+    print(f"{job.name}: {processor:.0f} CPU seconds, held-out loss {found['held_out']:.4f}", flush=True)
+
+
+def measure(name: str, folder: Path, most: int) -> None:
+    """The loss of every held-out token, and the accuracy on a suite of held-out drawings, of a run.
+
+    Args:
+        most: pictures of the suite.
+    """
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    out = folder / "measured"
+    out.mkdir(exist_ok=True)
+    trained = load_trained(folder / "runs" / name)
+    index = train_index(folder, "heldout")
+    documents = [trained.processor.document(index.sample(row)) for row in range(index.rows)]
+    nll = [-logs for logs in log_probabilities(trained.model, trained.processor, documents)]
+    sizes = np.array([len(one) for one in nll])
+    np.savez(out / f"{name}.npz", nll=np.concatenate(nll), sizes=sizes)
+    found = {"held_out": round(float(np.concatenate(nll).mean()), 4)}
+    if trained.processor.entrances:
+        records = list(captioned_pictures(Card.load(DEMO), "heldout"))[:most]
+        titled = [replace(record, caption=f"{record.caption.capitalize()}.") for record in records]
+        suite = build_choice_suite(titled, easy_per_picture=1, hard_per_picture=2, seed=0)
+        answerer = ModelAnswerer(trained.model, trained.processor)
+        options = Options(prompt="", generation_questions=0, resamples=100)
+        with Progress(disable=True) as progress:
+            summary = evaluate(suite, answerer, options, progress).summary
+        found |= {key: round(summary[key], 4) for key in ("accuracy_likelihood", "shuffled_images", "chance")}
+    (out / f"{name}.json").write_text(json.dumps(found))
+
+
+# ----------------------------------------------------------------------------------------------------------- the sweep
+
+
+def jobs(results: Sequence[Mapping[str, Any]]) -> Iterator[Job]:
+    """The runs that are wanted: plain ones at every rate, then judges and all arms at the best of them."""
+    yield from (Job("NTP", rate, SEEDS[0]) for rate in RATES)
+    tried = {one["rate"]: one["held_out"] for one in results if one["arm"] == "NTP" and one["seed"] == SEEDS[0]}
+    if not set(RATES) <= tried.keys():
+        return
+    rate = min(RATES, key=lambda one: tried[one])
+    yield from (Job(arm, rate, seed) for seed in JUDGES for arm in JUDGE_ARMS)
+    for seed in SEEDS:
+        yield from (Job(arm, rate, seed) for arm in ARMS if arm not in JUDGE_ARMS[1:])
+
+
+def read_results() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+
+
+def write_result(result: Mapping[str, Any]) -> None:
+    with FileLock(f"{RESULTS}.lock"), RESULTS.open("a") as file:
+        file.write(json.dumps(result) + "\n")
+
+
+def missing() -> list[Job]:
+    results = [one for one in read_results() if one["arm"] != "reference"]
+    done = {Job(one["arm"], one["rate"], one["seed"], one["steps"]) for one in results}
+    return [job for job in jobs(results) if job not in done]
+
+
+def sweep(folder: Path, parallel: int, budget: float) -> None:
+    """Runs what is missing, so many at once, and starts none after `budget` minutes."""
+    end = time.time() + 60 * budget
+    while (wanted := missing()) and time.time() < end:
+        with ThreadPoolExecutor(parallel) as pool:
+            list(pool.map(lambda job: run(job, folder) if time.time() < end else None, wanted))
+
+
+# ----------------------------------------------------------------------------------------------------------- the table
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Losses of the held-out tokens, caption after caption.
+
+    nll: (n,) nats; caption: (n,) number of the caption of each
+    """
+
+    nll: np.ndarray
+    caption: np.ndarray
+
+    @classmethod
+    def read(cls, folder: Path, job: Job) -> HeldOut:
+        with np.load(folder / "measured" / f"{job.name}.npz") as file:
+            return cls(file["nll"], np.repeat(np.arange(len(file["sizes"])), file["sizes"]))
+
+
+def image_related(folder: Path, rate: float) -> np.ndarray:
+    """(n,) bool: the held-out tokens on which pictures save the judges `DROP` nats or more, mean over their seeds."""
+    seeing, blind = (
+        np.mean([HeldOut.read(folder, Job(arm, rate, seed)).nll for seed in JUDGES], axis=0) for arm in JUDGE_ARMS
+    )
+    return blind - seeing >= DROP
+
+
+def interval(differences: np.ndarray, caption: np.ndarray, resamples: int = 2000) -> tuple[float, float]:
+    """95 % interval of a mean over tokens, by a bootstrap over captions.
+
+    Args:
+        differences: (n,) of two runs, token by token.
+    """
+    sums = np.bincount(caption, differences)
+    counts = np.bincount(caption)
+    drawn = np.random.default_rng(0).integers(0, len(sums), (resamples, len(sums)))
+    means = sums[drawn].sum(1) / counts[drawn].sum(1)
+    return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
+
+
+def table(folder: Path) -> None:
+    """Prints the held-out losses of every arm, and what they differ from plain ones of the same seeds."""
+    results = [one for one in read_results() if one["arm"] != "reference"]
+    rate = min(RATES, key=lambda one: next(r["held_out"] for r in results if r["arm"] == "NTP" and r["rate"] == one))
+    related = image_related(folder, rate)
+    done = {Job(one["arm"], one["rate"], one["seed"], one["steps"]): one for one in results}
+    plain = {seed: HeldOut.read(folder, Job("NTP", rate, seed)) for seed in SEEDS if Job("NTP", rate, seed) in done}
+    shown = Table("arm", "seeds", "image-related", "− NTP (95 %)", "other", "− NTP (95 %)", "suite", "CPU s")
+    for arm in ARMS:
+        seeds = [seed for seed in plain if Job(arm, rate, seed) in done]
+        if not seeds or arm in JUDGE_ARMS[1:]:
+            continue
+        losses = {seed: HeldOut.read(folder, Job(arm, rate, seed)) for seed in seeds}
+        cells = [arm, str(len(seeds))]
+        for mask in (related, ~related):
+            means = [float(losses[seed].nll[mask].mean()) for seed in seeds]
+            difference = np.mean([losses[seed].nll - plain[seed].nll for seed in seeds], axis=0)[mask]
+            low, high = interval(difference, losses[seeds[0]].caption[mask])
+            spread = f" ±{statistics.stdev(means):.3f}" if len(means) > 1 else ""
+            cells += [f"{statistics.mean(means):.3f}{spread}", f"{difference.mean():+.3f} ({low:+.3f} to {high:+.3f})"]
+        found = [done[Job(arm, rate, seed)] for seed in seeds]
+        accuracy = statistics.mean(one["accuracy_likelihood"] for one in found)
+        cells += [f"{accuracy:.1%}", f"{statistics.mean(one['cpu_seconds'] for one in found):.0f}"]
+        shown.add_row(*cells)
+    console = Console(width=150)
+    console.print(f"{related.sum():,} of {len(related):,} held-out tokens are image-related; learning rate {rate:g}")
+    console.print(shown)
+    for one in read_results():
+        if one["arm"] == "reference":
+            training = statistics.mean(r["cpu_seconds"] for r in results if r["arm"] == "PRIOR 1")
+            console.print(f"reference: {one['cpu_seconds']} CPU s, {one['cpu_seconds'] / training:.0%} of a run's")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("prepare", "sweep", "measure", "table"):
+        commands.add_parser(name).add_argument("folder", type=Path)
+    commands.choices["prepare"].add_argument("--wordnet", type=Path, required=True, help="Debian's wordnet-base_….deb")
+    commands.choices["sweep"].add_argument("--parallel", type=int, default=2)
+    commands.choices["sweep"].add_argument("--minutes", type=float, default=1e9, help="start no run after that")
+    commands.choices["measure"].add_argument("run", help="name of the run")
+    commands.choices["measure"].add_argument("--pictures", type=int, default=200, help="of the suite")
+    options = parser.parse_args()
+    folder = options.folder.absolute()
+    if options.command == "prepare":
+        prepare(folder, options.wordnet)
+    elif options.command == "sweep":
+        sweep(folder, options.parallel, options.minutes)
+    elif options.command == "measure":
+        measure(options.run, folder, options.pictures)
+    else:
+        table(folder)
+
+
+if __name__ == "__main__":
+    main()
