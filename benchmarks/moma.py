@@ -50,6 +50,7 @@ ARMS: dict[str, dict[str, Any]] = {
     # Seven layers of which four are for a quarter of the tokens cost what four whole ones do.
     "4t4i, depth": {"experts": FOUR, "depth": {"capacity": 0.25}, "layers": 7},
     "4t4i from 1t1i": {"experts": FOUR},
+    "4t4i, by share": {"experts": FOUR | {"rank": "share"}},
     "4t4i, no noise": {"experts": FOUR | {"noise": False}},
     "8 mixed, no noise": {"experts": {"groups": {"all": 8}, "noise": False}},
     "4t4i, token choice": {"experts": {"groups": {"text": 4, "image": 4}, "router": "token_choice"}},
@@ -59,7 +60,7 @@ ARMS: dict[str, dict[str, Any]] = {
 UPCYCLED = "4t4i from 1t1i"
 """Begins with one expert a modality for a quarter of its steps."""
 
-MAIN = ("dense", "1t1i", "4t4i", "8 mixed")
+MAIN = ("dense", "1t1i", "4t4i", "8 mixed", "4t4i, by share")
 """Arms with three seeds."""
 
 LENGTHS = {"dense": (60, 120, 480, 720), "1t1i": (120, 480), "4t4i": (120, 480)}

@@ -15,7 +15,7 @@ from mm.layers.layout import Layout
 from mm.layers.noise import dropout, logistic, uniform
 from mm.model.decoder import Decoder, DecoderConfig
 from mm.model.depth import Depth, highest
-from mm.model.experts import ALL, ExpertGroup, Experts, Gate, ModalityExperts, members
+from mm.model.experts import ALL, ExpertGroup, Experts, Gate, ModalityExperts, Rank, members
 from mm.model.stream import Reports, Routing, Stream
 from mm.sample import Modality
 from mm.train.recipe import Recipe
@@ -162,6 +162,23 @@ def test_tokens_that_no_expert_takes_are_counted_outside_of_training(routing: Ro
     passed = int((added[real] == 0).all(1).sum())
     assert sum(int(none) for none, _ in reports.untaken) == passed > 0
     assert sum(tokens for _, tokens in reports.untaken) == int(real.sum())
+
+
+def test_experts_that_agree_take_other_tokens_where_shares_are_ranked() -> None:
+    """By scores, experts whose scores differ little all take the tokens that all of them score highest."""
+    of, values = layout([64], [1]), hidden(64)
+    together = replace(of, groups=torch.zeros(64, dtype=torch.int8))
+    untaken = {}
+    for rank in get_args(Rank):
+        layer = experts(Experts({ALL: 4}, rank=rank, noise=False)).eval()
+        (group,) = groups_of(layer)
+        with torch.no_grad():
+            group.router.weight.copy_(group.router.weight[:1] + 0.01 * group.router.weight)
+        reports = Reports()
+        layer(values, stream(together, reports=reports))
+        untaken[rank] = int(reports.untaken[0][0])
+    assert untaken["score"] > 40
+    assert untaken["share"] < 32
 
 
 def test_permuted_tokens_give_permuted_outputs() -> None:
@@ -455,6 +472,7 @@ def test_nothing_is_drawn_outside_of_training() -> None:
         ({"groups": {"txt": 4}}, "expected some of text, image, speech, point, or only all"),
         ({"groups": {"text": 0}}, "experts.groups.text is 0"),
         ({"groups": {"text": 4}, "router": "hash"}, "experts.router is 'hash'; allowed: expert_choice, token_choice"),
+        ({"groups": {"text": 4}, "rank": "logit"}, "experts.rank is 'logit'; allowed: score, share"),
         ({"groups": {"text": 4}, "by": "language"}, "experts.by is 'language'; allowed: modality, hash"),
         ({"groups": {"text": 2}, "router": "token_choice", "top": 3}, "the smallest group has 2 experts"),
         ({"groups": {"text": 2}, "router": "token_choice", "auxiliary": True}, "causal by itself"),

@@ -31,6 +31,7 @@ ALL = "all"
 """Name of the one group of experts that mixes the modalities."""
 
 Router = Literal["expert_choice", "token_choice"]
+Rank = Literal["score", "share"]
 Gate = Literal["after_norm", "before_norm"]
 Scope = Literal["pack", "batch"]
 By = Literal["modality", "hash"]
@@ -47,6 +48,9 @@ class Experts:
     capacity: experts a token gets on average, with expert choice
     top: experts a token gets, with token choice
     balance: factor of the loss that spreads tokens evenly, with token choice (Fedus et al. 2021, eq. 4)
+    rank: by what experts, with expert choice, rank tokens: the `score` sigmoid(x W) of each for itself (MoMa), or its
+        `share`, softmax(x W) over the experts of the group (Zhou et al. 2022, arXiv 2202.09368, eq. 1): then experts
+        compete, and fewer tokens go without one. Weights are sigmoids in either case
     noise: with expert choice, experts choose by sigmoid(x W + logistic noise) while training; weights have no noise.
         Without it all experts come to take the same tokens, and most pass the layer by: docs/moma.md
     scope: what experts choose among: the `pack`, or the whole micro-batch (`batch`), and then the result depends on
@@ -62,6 +66,7 @@ class Experts:
     capacity: float = 1.0
     top: int = 1
     balance: float = 0.01
+    rank: Rank = "score"
     noise: bool = True
     scope: Scope = "pack"
     gate: Gate = "after_norm"
@@ -69,7 +74,7 @@ class Experts:
     by: By = "modality"
 
     def __post_init__(self) -> None:
-        for option, values in (("router", Router), ("gate", Gate), ("scope", Scope), ("by", By)):
+        for option, values in (("router", Router), ("rank", Rank), ("gate", Gate), ("scope", Scope), ("by", By)):
             if getattr(self, option) not in get_args(values):
                 allowed = ", ".join(get_args(values))
                 raise ValueError(f"experts.{option} is {getattr(self, option)!r}; allowed: {allowed}")
@@ -263,6 +268,8 @@ class ExpertGroup(nn.Module):
     @torch.compiler.disable(reason="it is indices only, and their number differs in every batch")
     def _pick(self, logits: Tensor, stream: Stream, found: Members) -> Tensor:
         """(E, R) members that each expert takes: those of highest score in every pack."""
+        if self.options.rank == "share":
+            logits = logits.log_softmax(1)
         if self.options.noise and stream.draws:
             keys = stream.layout.keys.index_select(0, found.index)
             logits = logits + logistic(keys, self.experts, self.layer)
