@@ -37,6 +37,8 @@ DOCUMENT = 96
 PAPER = {"4t4i": "3.7 (2.6, 5.2)", "8 mixed": "3.0 (3.0, 2.8)", "4t4i, depth": "4.2 (3.4, 5.3)"}
 """η of the training loss at 1.4B and a trillion tokens, in all, of text, of images (arXiv 2407.21770, abstract)."""
 
+TICKS = (0.25, 0.5, 1, 2, 3)
+
 Measure = Callable[[Result], float]
 
 MEASURES: dict[str, Measure] = {
@@ -160,7 +162,9 @@ def plot(results: Sequence[Result], path: Path) -> None:
             flops = [length * Sizes(arm).flops / unit for length in steps]
             color = "black" if arm == "dense" else f"C{number}"
             axes.errorbar(flops, means, [below, above], marker="o", capsize=2, linewidth=1, label=arm, color=color)
-        axes.set(xscale="log", xlabel="FLOPs (1: the dense model's 240 steps)", title=f"{name}", ylabel="held-out loss")
+        axes.set(xscale="log", xlabel="FLOPs (1: the dense model's 240 steps)", title=name, ylabel="held-out loss")
+        axes.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
+        axes.minorticks_off()
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].legend(fontsize=7, frameon=False)
     figure.savefig(path, dpi=130)
