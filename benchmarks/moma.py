@@ -9,7 +9,7 @@ auxiliary routers learn to do it causally. What counts is the loss on held-out s
     python -m benchmarks.moma prepare FOLDER     corpora, tokenizers and codes: some minutes, once
     python -m benchmarks.moma sweep FOLDER       all runs, two at a time; repeated, it goes on
     python -m benchmarks.moma_table              what came out, as a table and a plot
-    python -m benchmarks.moma demo               a small version, and a model that draws: a quarter of an hour
+    python -m benchmarks.moma demo               a small version, and a model that draws: 25 CPU minutes
 """
 
 from __future__ import annotations
