@@ -28,7 +28,6 @@ from mm.packing.batch import Batch
 from mm.train.clock import PHASES, Phase
 from mm.train.memory import Memory, held_bytes
 from mm.train.meter import JsonLines, Meter, Peak, Progress, TensorBoard, Writer, training_factors
-from mm.train.parts import trained_parts
 
 ALONE = 200
 """Steps of the calls without training."""
@@ -42,7 +41,7 @@ class Logged:
         cpu = torch.device("cpu")
         memory = Memory(cpu, held_bytes(arm.model, arm.optimizer, cpu))
         names = ["total", *(f"source/{number}" for number in range(8))]
-        self.meter = Meter(names, training_factors(trained_parts(arm.model)), peak, memory=memory)
+        self.meter = Meter(names, training_factors(arm.model.trained_parts()), peak, memory=memory)
         self.terminal = Progress(1_000_000, console=Console(file=io.StringIO()))
         self.writers: list[Writer] = [
             self.terminal,
