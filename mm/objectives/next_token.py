@@ -174,7 +174,8 @@ def untaken_sums(untaken: Sequence[tuple[Tensor, int]]) -> dict[str, Tensor]:
     """(2,) tokens that no expert took, and all, over the layers; nothing where no experts choose."""
     if not untaken:
         return {}
-    return {UNTAKEN: torch.tensor([sum(float(none) for none, _ in untaken), sum(all for _, all in untaken)])}
+    counts = [sum(float(none) for none, _ in untaken), sum(all for _, all in untaken)]
+    return {UNTAKEN: torch.tensor(counts, dtype=torch.float64)}
 
 
 def untaken_figures(sums: Mapping[str, Tensor]) -> dict[str, float]:
