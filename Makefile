@@ -6,7 +6,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-slow lint format demo demo-moma pins
+.PHONY: help venv test test-slow test-gpu lint format demo demo-moma pins
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ test: $(INSTALLED)  ## run the tests, a file at a time on each core
 
 test-slow: $(INSTALLED)  ## run the long ones: kills, scale, ablations
 	$(BIN)/pytest -m slow --timeout=7200
+
+test-gpu: $(INSTALLED)  ## run what needs an NVIDIA GPU; the others leave it alone
+	$(BIN)/pytest -m gpu
 
 lint: $(INSTALLED)  ## check style, types and the direction of imports
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
-"""Attention over a packed stream: `buckets` against a call a document, and against one call under a dense mask.
+"""Attention over a packed stream: the backends of the suite, and one call under a dense mask.
 
-The three take turns, so that a busy machine slows all of them; each turn gives one ratio, of which median, smallest and
+They take turns, so that a busy machine slows all of them; each turn gives one ratio, of which median, smallest and
 largest are printed. A turn is one forward and backward of one layer's attention.
 
     python -m benchmarks.attention --tokens 4096 --shortest 12 --longest 36
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mm.layers.attention import attend
+from mm.layers.attention import BACKENDS, attend
 from mm.layers.layout import Layout
 
 
@@ -38,11 +38,19 @@ def dense(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
 
 
-VARIANTS: dict[str, Callable[[Tensor, Tensor, Tensor, Layout], Tensor]] = {
-    "buckets": lambda q, k, v, layout: attend(q, k, v, layout, "buckets"),
-    "documents": lambda q, k, v, layout: attend(q, k, v, layout, "documents"),
-    "dense mask": dense,
-}
+def backend(name: str) -> Callable[[Tensor, Tensor, Tensor, Layout], Tensor]:
+    return lambda q, k, v, layout: attend(q, k, v, layout, name)
+
+
+VARIANTS = {**{name: backend(name) for name in BACKENDS}, "dense mask": dense}
+"""`BACKENDS` first: what takes the device and dtype is measured, and the first of it is what training takes."""
+
+
+def spans_of(layout: Layout) -> Tensor:
+    """(T,) int32: the first half of every document is a picture, in which all tokens see each other."""
+    half = torch.tensor(layout.lengths).repeat_interleave(torch.tensor(layout.lengths)) // 2
+    inside = layout.positions.cpu() < half
+    return torch.where(inside, layout.document_of_token.cpu() + 1, 0).to(torch.int32)
 
 
 def main() -> None:
@@ -55,34 +63,46 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--spans", action="store_true", help="bidirectional attention in half of every document")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
     lengths = documents(options.tokens, options.shortest, options.longest)
-    layout = Layout.of(lengths)
+    layout = Layout.of(lengths, options.device)
+    if options.spans:
+        layout = Layout.of(lengths, options.device, spans=spans_of(layout))
+    placed = {"device": options.device, "dtype": getattr(torch, options.dtype)}
     q, k, v = (
-        torch.randn(options.tokens, count, options.head_dim, requires_grad=True)
+        torch.randn(options.tokens, count, options.head_dim, requires_grad=True, **placed)
         for count in (options.heads, options.kv_heads, options.kv_heads)
     )
-    upstream = torch.randn(options.tokens, options.heads, options.head_dim)
+    upstream = torch.randn(options.tokens, options.heads, options.head_dim, **placed)
+    taken = [name for name, one in BACKENDS.items() if one.takes(q, layout)]
+    taken += [] if options.spans else ["dense mask"]
 
-    def seconds(variant: Callable[[Tensor, Tensor, Tensor, Layout], Tensor]) -> float:
+    def seconds(name: str) -> float:
         start = time.perf_counter()
-        torch.autograd.grad(variant(q, k, v, layout), (q, k, v), upstream)
+        torch.autograd.grad(VARIANTS[name](q, k, v, layout), (q, k, v), upstream)
+        if options.device == "cuda":
+            torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    for variant in VARIANTS.values():
-        seconds(variant)
-    turns = [{name: seconds(variant) for name, variant in VARIANTS.items()} for _ in range(options.turns)]
+    for name in taken:
+        for _ in range(2):
+            seconds(name)
+    turns = [{name: seconds(name) for name in taken} for _ in range(options.turns)]
     print(
-        f"{len(lengths)} documents, {options.tokens} tokens, {len(layout.buckets)} buckets, "
-        f"{options.heads}/{options.kv_heads} heads of {options.head_dim}, float32, {options.threads} threads"
+        f"{len(lengths)} documents of {options.shortest} to {options.longest} tokens, {options.tokens} in all, "
+        f"{options.heads}/{options.kv_heads} heads of {options.head_dim}, {options.dtype} on {options.device}, "
+        f"{options.threads} threads{', spans' if options.spans else ''}"
     )
-    for name in VARIANTS:
-        ratios = [turn[name] / turn["buckets"] for turn in turns]
+    for name in taken:
+        ratios = [turn[name] / turn[taken[0]] for turn in turns]
         fastest = min(turn[name] for turn in turns) * 1e3
         spread = f"{statistics.median(ratios):5.1f} × ({min(ratios):.1f} to {max(ratios):.1f})"
-        print(f"{name:12} {fastest:8.1f} ms at best   {spread} the time of buckets")
+        print(f"{name:12} {fastest:8.2f} ms at best   {spread} the time of {taken[0]}")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from mm.model.depth import Depth
 from mm.model.experts import ALL, Experts
 from mm.model.stream import Reports
 from mm.sample import Modality
+from mm.train.parallel import compile_blocks
 
 PICTURE, CAPTION = 64, 32
 """Tokens of a document: codes, then words."""
@@ -50,11 +51,15 @@ ARMS: dict[str, tuple[dict[str, Any], str]] = {
 class Arm:
     """A decoder with a head, and what a step of it does."""
 
-    def __init__(self, config: DecoderConfig, layout: Layout, tokens: Tensor, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: DecoderConfig, layout: Layout, tokens: Tensor, dtype: torch.dtype, compiled: bool
+    ) -> None:
         torch.manual_seed(0)
-        self.model = Decoder(config).to(dtype)
+        self.model = Decoder(config).to(tokens.device, dtype)
+        if compiled:
+            compile_blocks(self.model.blocks())
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
-        groups = None if config.experts is None else config.experts.group_of(tokens, layout.groups)  # type: ignore[arg-type]
+        groups = None if config.experts is None else config.experts.group_of(tokens.cpu(), layout.groups)  # type: ignore[arg-type]
         self.layout, self.tokens = replace(layout, groups=groups), tokens
         self.flops = self.model.flops(layout.lengths)
 
@@ -63,20 +68,22 @@ class Arm:
         reports = Reports()
         layout = replace(self.layout)  # indices are made anew, as for a new batch
         hidden = self.model(self.model.embed(self.tokens), layout.positions, layout, reports=reports)
-        losses = linear_cross_entropy(hidden, self.model.head_weight, self.tokens, torch.ones(len(hidden)))
+        losses = linear_cross_entropy(
+            hidden, self.model.head_weight, self.tokens, torch.ones(len(hidden), device=hidden.device)
+        )
         torch.stack([losses.total, *reports.balance]).sum().backward()
 
     def update(self) -> None:
         self.optimizer.step()
 
 
-def documents(packs: int, capacity: int) -> Layout:
+def documents(packs: int, capacity: int, device: str) -> Layout:
     """Packs of pictures with captions."""
     a_pack = capacity // (PICTURE + CAPTION)
     left = capacity - a_pack * (PICTURE + CAPTION)
     lengths = ([PICTURE + CAPTION] * a_pack + ([left] if left else [])) * packs
-    layout = Layout.of(lengths)
-    modality = torch.where(layout.positions < PICTURE, Modality.IMAGE, Modality.TEXT).to(torch.int8)
+    layout = Layout.of(lengths, device)
+    modality = torch.where(layout.positions.cpu() < PICTURE, Modality.IMAGE, Modality.TEXT).to(torch.int8)
     starts = torch.arange(packs + 1, dtype=torch.int32) * capacity
     return replace(layout, packs=starts, groups=modality, seeds=torch.arange(packs))
 
@@ -84,6 +91,8 @@ def documents(packs: int, capacity: int) -> Layout:
 def seconds(action: Callable[[], None]) -> float:
     start = time.perf_counter()
     action()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
@@ -95,26 +104,32 @@ def main() -> None:
     parser.add_argument("--ffn", type=int, default=1368)
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--compile", action="store_true", help="compile the layers, as `parallel.compile` does")
     parser.add_argument("--bf16", action="store_true", help="weights and compute in bfloat16")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
     heads = options.width // 64
     dense = DecoderConfig(8192, options.width, LAYERS, heads, heads, 64, options.ffn, qk_norm="layer", tied=False)
-    layout = documents(options.packs, options.capacity)
+    layout = documents(options.packs, options.capacity, options.device)
     tokens = torch.randint(8192, (layout.tokens,), generator=torch.Generator().manual_seed(0))
+    tokens = tokens.to(options.device)
     dtype = torch.bfloat16 if options.bf16 else torch.float32
-    arms = {name: Arm(replace(dense, **changes), layout, tokens, dtype) for name, (changes, _) in ARMS.items()}
+    arms = {
+        name: Arm(replace(dense, **changes), layout, tokens, dtype, options.compile)
+        for name, (changes, _) in ARMS.items()
+    }
     for arm in arms.values():
-        arm.compute()
-        arm.update()
+        for _ in range(3 if options.device == "cuda" else 1):
+            arm.compute()
+            arm.update()
     turns = [
         {name: (seconds(arm.compute), seconds(arm.update)) for name, arm in arms.items()} for _ in range(options.turns)
     ]
-    print(
-        f"{layout.tokens} tokens in {options.packs} packs, {LAYERS} layers of {options.width}, {dtype}, "
-        f"{options.threads} threads; tokens a second against the dense decoder"
-    )
+    place = f"{dtype} on {options.device}{', compiled' if options.compile else ''}, {options.threads} threads"
+    print(f"{layout.tokens} tokens in {options.packs} packs, {LAYERS} layers of {options.width}, {place}")
+    print("tokens a second against the dense decoder")
     print(f"{'':20}{'FLOPs':>7}{'step':>9}{'(spread)':>18}{'with update':>14}{'paper':>8}")
     for name, arm in arms.items():
         steps = [turn["dense"][0] / turn[name][0] - 1 for turn in turns]

@@ -119,6 +119,20 @@ def load_card(path: Path, limit: str | None, folder: Path) -> Card:
 RecipePath = Annotated[Path, typer.Argument(help="a recipe; `mm preset ls train` lists some")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="changes to the recipe: optim.lr=1e-4 seed=1")]
 Run = Annotated[Path, typer.Argument(help="a run folder, a checkpoint in it, or an export")]
+Device = Annotated[str, typer.Option(help="where to compute: cpu or cuda; auto takes cuda where there is one")]
+
+
+def device_named(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise RecipeError(f"--device {name} cannot be used here ({reason}); say cpu, or leave it out") from None
+    return name
 
 
 @app.command()
@@ -299,6 +313,7 @@ def report(
     samples: Annotated[
         int, typer.Option(help="held-out pictures that the model describes, and whose captions it draws")
     ] = 0,
+    device: Device = "auto",
 ) -> None:
     """Write a page with a run's loss curves, throughput, where time and memory go, recipe and versions.
 
@@ -307,7 +322,9 @@ def report(
     from mm.report.run import report_of_run
     from mm.report.samples import samples_of_run
 
-    out.write_text(report_of_run(run, samples_of_run(run, samples) if samples else ()), encoding="utf-8")
+    out.write_text(
+        report_of_run(run, samples_of_run(run, samples, device_named(device)) if samples else ()), encoding="utf-8"
+    )
     console.print(f"{out} reports {run}")
 
 
@@ -320,6 +337,7 @@ def evaluate(
     suite: Annotated[Path, typer.Argument(help="an MMBench-style TSV")],
     out: Annotated[Path | None, typer.Option(help="folder for results.json and answers.jsonl; RUN/eval/SUITE")] = None,
     generate: Annotated[int, typer.Option(help="questions to answer also in words, under every rotation")] = 200,
+    device: Device = "auto",
 ) -> None:
     """Score a model on a multiple-choice suite, by likelihood and in words, with its controls."""
     from rich.progress import Progress
@@ -334,7 +352,8 @@ def evaluate(
     trained = load_trained(run)
     options = Options(generation_questions=generate, about={"checkpoint": str(run), **versions()})
     with Progress(console=console) as progress:
-        answerer = ModelAnswerer(trained.model, trained.processor, build_tokenizers(trained.recipe.model))
+        tokenizers = build_tokenizers(trained.recipe.model)
+        answerer = ModelAnswerer(trained.model, trained.processor, tokenizers, device_named(device))
         results = run_suite(read_suite(suite), answerer, options, progress)
     for table in results.tables():
         console.print(table)
@@ -357,6 +376,7 @@ def generate(
     top_p: Annotated[float, typer.Option(help="draw from the most probable codes up to this sum")] = 1.0,
     seed: Annotated[int, typer.Option(help="of the draws")] = 0,
     size: Annotated[int, typer.Option(help="pixels a side, where the tokenizer takes several sizes")] = 256,
+    device: Device = "auto",
 ) -> None:
     """Answer a question about a picture, describe it, or draw pictures of a prompt."""
     from mm.evaluate.answerer import Prompt
@@ -371,19 +391,20 @@ def generate(
     if image is not None and pictures:
         raise RecipeError("pictures are drawn from words alone: give --image or --pictures")
     trained = load_trained(run)
-    tokenizers = build_tokenizers(trained.recipe.model)
+    answerer = ModelAnswerer(
+        trained.model, trained.processor, build_tokenizers(trained.recipe.model), device_named(device)
+    )
     if not pictures:
         question = Prompt(image.read_bytes() if image else None, prompt)
-        answerer = ModelAnswerer(trained.model, trained.processor, tokenizers)
         console.print(answerer.generate([question], max_tokens)[0], markup=False)
         return
     from mm.media import ImageFacts
     from mm.model.images import generate_images
 
     drawn = generate_images(
-        trained.model,
-        trained.processor,
-        tokenizers,
+        answerer.model,
+        answerer.processor,
+        answerer.tokenizers,
         [prompt] * pictures,
         guidance=guidance,
         sampling=Sampling(temperature, top_k, top_p, seed),
@@ -441,7 +462,7 @@ def tokenize_data(
     tokenizer: Annotated[Path, typer.Option("--with", help="a tokenizer of media, as model.tokenizers names it")],
     split: Annotated[str, typer.Option(help="split of the card")] = "train",
     folder: Annotated[Path, typer.Option(help="where indexes and columns are kept")] = Path("~/.cache/mm/index"),
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda where there is one, if left out")] = None,
+    device: Device = "auto",
     batch: Annotated[int, typer.Option(help="samples that are looked at together")] = 32,
     processes: Annotated[int, typer.Option(help="how many work in parallel; 0 is this one")] = 0,
     cache: CacheLimit = None,
@@ -451,13 +472,11 @@ def tokenize_data(
 
     Repeated, it goes on with the shards that are missing.
     """
-    import torch
-
     from mm.data.index import index_card
     from mm.score.tokenize import tokenize
 
     rows = index_card(load_card(card, cache, cache_folder), split, folder.expanduser(), processes)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_named(device)
     found = tokenize(rows, configure.resolve(tokenizer), device, batch, processes)
     console.print(
         f"{rows.card.name}/{split}: {found.items:,} items in {rows.rows:,} samples are {found.codes:,} codes; "
@@ -475,7 +494,7 @@ def score_data(
     options: Annotated[list[str] | None, typer.Argument(help="of the scorer: folds=4 …")] = None,
     split: Annotated[str, typer.Option(help="split of the card")] = "train",
     folder: Annotated[Path, typer.Option(help="where indexes and columns are kept")] = Path("~/.cache/mm/index"),
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda where there is one, if left out")] = None,
+    device: Device = "auto",
     batch: Annotated[int, typer.Option(help="samples that are looked at together")] = 32,
     processes: Annotated[int, typer.Option(help="how many score in parallel; 0 is this one")] = 0,
     cache: CacheLimit = None,
@@ -485,13 +504,11 @@ def score_data(
 
     Repeated, it goes on with the training and the shards that are missing.
     """
-    import torch
-
     from mm.data.index import index_card
     from mm.score.passes import Scorer, score_index
 
     given = {name: yaml.safe_load(value) for name, _, value in (option.partition("=") for option in options or [])}
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_named(device)
     built = configure.build({"_target_": scorer, "model": model, "device": device, **given}, Scorer)
     rows = index_card(load_card(card, cache, cache_folder), split, folder.expanduser(), processes)
     built.prepare(rows)

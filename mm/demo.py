@@ -25,6 +25,7 @@ from mm.report.run import Stage, run_page
 from mm.sample import Image, Modality
 from mm.train.export import export_run, load_trained
 from mm.train.loop import train
+from mm.train.memory import local_device
 from mm.train.recipe import Recipe
 from mm.train.versions import versions
 
@@ -59,7 +60,7 @@ def run_demo(folder: Path, overrides: Sequence[str], console: Console) -> Path:
     )
     with Progress(console=console) as progress:
         features = frozen_features(trained.model, suite, list(captioned_pictures(card, "train")), progress)
-        answerer = ModelAnswerer(trained.model, trained.processor)
+        answerer = ModelAnswerer(trained.model, trained.processor, device=local_device())
         results = evaluate(suite, answerer, options, progress, features)
     results.save(folder)
     for table in results.tables():

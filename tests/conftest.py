@@ -21,6 +21,12 @@ from tests.small_world import FORMS, fork_run, train_here, train_together, write
 LONG = ("steps=200", "save_every=100", "validate_every=100", "packing.batch=2")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests are of the CPU, where runs of any number of processes agree, but for ``pytest -m gpu``."""
+    if "gpu" not in config.option.markexpr:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """On a busy machine threads that wait for each other cost more than they compute."""

@@ -267,6 +267,7 @@ def test_rms_norm_is_that_of_torch(dtype: torch.dtype) -> None:
     torch.testing.assert_close(rms_norm(x, weight, 1e-5), F.rms_norm(x, (DEPTH,), weight, 1e-5))
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("backend", list(BACKENDS))
 def test_every_backend_agrees_on_cuda(backend: str) -> None:

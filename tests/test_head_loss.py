@@ -75,6 +75,7 @@ def test_kernels_for_gpus_are_refused_on_a_cpu(backend) -> None:
         objective.head_loss.check(CPU)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("backend", list(KERNELS))
 def test_an_installed_kernel_agrees_on_cuda(backend) -> None:

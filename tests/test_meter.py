@@ -120,6 +120,7 @@ def test_time_counts_phases_and_the_rest_but_not_what_is_paused():
     assert figures["tokens_per_second"] == pytest.approx(100 / (2 * figures["seconds_per_step"]))
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_kernels_count_for_the_phase_that_launched_them_and_not_for_what_waits_for_them():
     m = meter(clock=clock_of(torch.device("cuda")))

@@ -53,7 +53,7 @@ class Drawn:
 
 
 @torch.inference_mode()
-def samples_of_run(run: Path, count: int) -> list[Drawn]:
+def samples_of_run(run: Path, count: int, device: torch.device | str = "cpu") -> list[Drawn]:
     """So many samples of the validation split, drawn by the run's seed, with what the newest checkpoint makes of them.
 
     Raises:
@@ -65,20 +65,20 @@ def samples_of_run(run: Path, count: int) -> list[Drawn]:
     if Modality.IMAGE not in tokenizers:
         raise RecipeError(f"{run}: samples are of runs that read pictures as codes, and this has no image tokenizer")
     tokenizer = tokenizers[Modality.IMAGE]
-    answerer = ModelAnswerer(trained.model, trained.processor, tokenizers)
+    answerer = ModelAnswerer(trained.model, trained.processor, tokenizers, device)
     found = []
     for number, (image, caption) in zip(range(count), held_out(recipe), strict=False):
         facts = media.facts(image)
         assert isinstance(facts, ImageFacts)
         (codes,) = tokenizer.read([image])
-        (decoded,) = tokenizer.decode(torch.tensor(codes.ids), [tokenizer.transform.grid(facts)])
+        (decoded,) = tokenizer.decode(torch.tensor(codes.ids, device=device), [tokenizer.transform.grid(facts)])
         sampling = Sampling(1.0, seed=recipe.seed + number)
         prompts = [caption] * PICTURES
         drawn = generate_images(
             trained.model, trained.processor, tokenizers, prompts, guidance=GUIDANCE, sampling=sampling, size=facts
         )
         (said,) = answerer.generate([Prompt(image.data, "")], WORDS)
-        found.append(Drawn(_shown(image), caption, _shown(decoded), tuple(map(_shown, drawn)), said))
+        found.append(Drawn(_shown(image), caption, _shown(decoded.cpu()), tuple(map(_shown, drawn)), said))
     if not found:
         raise RecipeError(f"{run}: samples need pictures with captions in data.validation, and there are none")
     return found

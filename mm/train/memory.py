@@ -81,10 +81,25 @@ def held_bytes_of(model: nn.Module, options: OptimOptions) -> int:
     return total
 
 
+def local_device() -> torch.device:
+    """The GPU of this process, its LOCAL_RANK-th, or the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    number, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if number >= gpus:
+        raise RecipeError(
+            f"process {number} of this machine has no GPU: there are {gpus}, and each process needs one. Start "
+            f"{gpus} (torchrun --nproc-per-node={gpus}), or set CUDA_VISIBLE_DEVICES= (nothing) to train on the CPU"
+        )
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
+
+
 def memory_of_a_process() -> int:
     """Bytes of the GPU that a process has to itself, or its part of the machine's memory."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", "0"))).total_memory
+    device = local_device()
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 

@@ -38,7 +38,7 @@ from mm.model.decoder import DecoderConfig
 from mm.model.experts import AuxiliaryRouter
 from mm.model.trainable import Trainable
 from mm.train.activation import Activations, checkpoint_blocks
-from mm.train.memory import MemoryPart, held_bytes
+from mm.train.memory import MemoryPart, held_bytes, local_device
 from mm.train.optim import OptimOptions, clip_gradients, restore_options
 
 Precision = Literal["auto", "fp32", "bf16"]
@@ -176,15 +176,12 @@ def join_world(timeout: timedelta = timedelta(minutes=30)) -> Iterator[World]:
     """The process group of a run: NCCL on GPUs, gloo on CPUs; one process needs no launcher.
 
     Raises:
+        RecipeError: this process has no GPU of its own, and others do.
         MissingProcess: others have not come in time.
     """
     rank, size = local_world()
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl"
-    else:
-        device, backend = torch.device("cpu"), "gloo"
+    device = local_device()
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store = HashStore() if size == 1 else None
     try:
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
