@@ -55,7 +55,8 @@ class Arm:
         self, config: DecoderConfig, layout: Layout, tokens: Tensor, dtype: torch.dtype, compiled: bool
     ) -> None:
         torch.manual_seed(0)
-        self.model = Decoder(config).to(tokens.device, dtype)
+        with tokens.device:
+            self.model = Decoder(config).to(dtype)
         if compiled:
             compile_blocks(self.model.blocks())
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)

@@ -19,19 +19,24 @@ samples; smallest and largest are of single turns, whose samples are alike but n
     python -m benchmarks.train            all tables
     python -m benchmarks.train --others   Trainer, fixed length and FSDP2 only
     python -m benchmarks.train --quick    small sizes, to see that it runs
+    python -m benchmarks.train --gpu      a model of 0.4 billion in bf16, lengths not divided: ours as `mm train` shards
+                                          it, the other under autocast, as `Trainer(bf16=True)` runs it
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,8 +67,8 @@ from mm.packing.collate import Document, Item, Processor
 from mm.packing.fit import first_fit_decreasing
 from mm.sample import Modality
 from mm.tokenizers.text import TextTokenizer
+from mm.train.parallel import ParallelOptions, World, join_world, parallelise
 
-SCALE = 4  # lengths of the mixture are divided by this
 BATCH = 8  # samples in a padded batch
 MEGABATCHES = 50  # batches that transformers sorts together, its default for any large data set
 HEAVIEST = 2  # batches that are run to find the peak of memory
@@ -89,6 +94,8 @@ class Sizes:
     tower_layers: int = 4
     side: int = 6  # patches a side of an image
     patch: int = 8  # pixels
+    scale: int = 4  # lengths of the mixture are divided by this
+    device: str = "cpu"
 
     @property
     def image_tokens(self) -> int:
@@ -103,7 +110,7 @@ class Sizes:
         """Fields of our `DecoderConfig`."""
         shape = {"vocabulary": self.vocabulary, "width": self.width, "layers": self.layers, "ffn": 3 * self.width}
         heads = {"heads": self.heads, "kv_heads": self.kv_heads, "head_dim": self.width // self.heads}
-        return {**shape, **heads, "context": 4096 // SCALE}
+        return {**shape, **heads, "context": 4096 // self.scale}
 
     @property
     def tower(self) -> CLIPVisionConfig:
@@ -160,13 +167,13 @@ def build_theirs(sizes: Sizes, ours: MultimodalLM, folder: Path) -> LlavaForCond
 
 
 def make_documents(lengths: Lengths, sizes: Sizes, seed: int = 0) -> list[Document]:
-    """Documents of noise with the lengths of the mixture over `SCALE`. The images of a page stand between its text."""
+    """Documents of noise with the lengths of the mixture over `scale`. The images of a page stand between its text."""
     random = np.random.default_rng(seed)
     capacity = sizes.decoder["context"]
     documents = []
     for image_tokens, text_tokens, kind in zip(lengths.image_tokens, lengths.text_tokens, lengths.kind, strict=True):
         images = round(int(image_tokens) / IMAGE_TOKENS)
-        text = min(max(2, int(text_tokens) // SCALE), capacity - images * sizes.image_tokens)
+        text = min(max(2, int(text_tokens) // sizes.scale), capacity - images * sizes.image_tokens)
         gaps = images + 1 if kind == INTERLEAVED else 1  # elsewhere all text follows the images
         stretches = [len(part) for part in np.array_split(np.arange(text), gaps)]
         documents.append(make_document([0] * (images + 1 - gaps) + stretches, sizes, random))
@@ -229,6 +236,13 @@ def pad(documents: Sequence[Document], sizes: Sizes, model: MultimodalLM, length
     return arguments
 
 
+def on_gpu(arguments: Any) -> Any:
+    """A batch of either model there."""
+    if isinstance(arguments, Batch):
+        return arguments.to(torch.device("cuda"))
+    return {name: tensor.cuda() for name, tensor in arguments.items()}
+
+
 def our_loss(model: MultimodalLM, batch: Batch) -> Tensor:
     """() mean loss over the labels of a batch."""
     return model(batch).total / batch.weights.sum()
@@ -236,6 +250,11 @@ def our_loss(model: MultimodalLM, batch: Batch) -> Tensor:
 
 def their_loss(model: LlavaForConditionalGeneration, arguments: dict[str, Tensor]) -> Tensor:
     return model(**arguments, use_cache=False).loss
+
+
+def their_loss_in_bf16(model: LlavaForConditionalGeneration, arguments: dict[str, Tensor]) -> Tensor:
+    with torch.autocast("cuda", torch.bfloat16):
+        return their_loss(model, arguments)
 
 
 # ------------------------------------------------------------------------------------------------------------ the arms
@@ -266,6 +285,8 @@ class Arm:
         start = time.perf_counter()
         for load in loads:
             self.step(load)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         return time.perf_counter() - start
 
     def heaviest_first(self) -> list[Load]:
@@ -369,6 +390,23 @@ OTHERS = ("packed", "packed, FSDP2", "Trainer", "fixed length")
 
 def make_arm(name: str, documents: Sequence[Document], capacity: int, sizes: Sizes, folder: Path) -> Arm:
     """One of `ARMS` or `OTHERS`."""
+    arm = make_arm_on_cpu(name, documents, capacity, sizes, folder)
+    if sizes.device == "cpu":
+        return arm
+    loss = our_loss if name.startswith("packed") else their_loss_in_bf16
+    if name.startswith("packed"):
+        assert isinstance(arm.model, MultimodalLM)
+        parallelise(arm.model, the_world(), torch.bfloat16, ParallelOptions())
+    return Arm(arm.model.cuda(), loss, [load._replace(inputs=on_gpu(load.inputs)) for load in arm.loads])
+
+
+@cache
+def the_world() -> World:
+    """Of this process, which stays to its end."""
+    return ExitStack().enter_context(join_world())
+
+
+def make_arm_on_cpu(name: str, documents: Sequence[Document], capacity: int, sizes: Sizes, folder: Path) -> Arm:
     ours = build_ours(sizes, folder)
     if name.startswith("packed"):
         return packed_arm(documents, capacity, sharded(ours) if "FSDP2" in name else ours)
@@ -469,6 +507,8 @@ def compare_memory(arguments: list[str]) -> None:
 
 
 def _peak() -> float:
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
@@ -485,26 +525,35 @@ class Mode(NamedTuple):
 
 
 FULL = Mode(Sizes(), samples=400, captions=160, turns=10)
+GPU = Mode(
+    Sizes(32768, 1024, 24, 16, 8, tower_width=768, tower_layers=12, side=12, patch=14, scale=1, device="cuda"),
+    samples=320,
+    captions=160,
+    turns=5,
+)
 QUICK = Mode(Sizes(vocabulary=2048, width=128, layers=2, tower_width=64, tower_layers=1), 64, 48, turns=3)
 
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes: shows that it runs, its ratios say little")
+    parser.add_argument("--gpu", action="store_true", help="a larger model, on a GPU")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--memory", choices=ARMS, help="only print the peak memory of this arm, as JSON")
     parser.add_argument("--others", action="store_true", help="only the table of other ways to train")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     disable_progress_bar()
-    sizes, samples, captions, turns = QUICK if options.quick else FULL
+    sizes, samples, captions, turns = GPU if options.gpu else QUICK if options.quick else FULL
     capacity = sizes.decoder["context"]
     mixture = make_documents(mixed_lengths(samples), sizes)
     if options.memory:
         with tempfile.TemporaryDirectory() as folder:
             print(json.dumps(measure_memory(make_arm(options.memory, mixture, capacity, sizes, Path(folder)))))
         return
-    print(f"{sizes}, float32, {options.threads} threads", flush=True)
+    if not options.gpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    print(f"{sizes}, {'bf16' if options.gpu else 'float32'}, {options.threads} threads", flush=True)
     if options.others:
         compare_others(mixture[: samples // 5], capacity, turns // 2, sizes)
         return
@@ -512,7 +561,8 @@ def main(arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         check_equal_losses(mixture[:BATCH], sizes, Path(folder))
     compare_speed("Mixed lengths", ARMS, mixture, capacity, turns, sizes)
-    compare_others(mixture[: samples // 5], capacity, turns // 2, sizes)
+    if not options.gpu:
+        compare_others(mixture[: samples // 5], capacity, turns // 2, sizes)
     random = np.random.default_rng(0)
     uniform = [make_document([0, sizes.image_tokens // 3], sizes, random) for _ in range(captions)]
     # Packs of as many samples as the batches have: nothing is gained by larger steps.

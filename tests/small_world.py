@@ -266,7 +266,8 @@ def train_here(recipe: Path, *changes: str) -> Path:
 
 def environment() -> dict[str, str]:
     """Of processes that compute as this one does: on one thread, from this source tree."""
-    return os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONPATH": str(Path.cwd())}
+    path = os.pathsep.join([str(Path.cwd()), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONPATH": path}
 
 
 def train_apart(recipe: Path, *changes: str) -> subprocess.Popen[str]:

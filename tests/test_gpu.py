@@ -22,9 +22,7 @@ from mm.layers.attention import BACKENDS
 from mm.layers.cross_entropy import linear_cross_entropy
 from mm.layers.layout import Layout
 from mm.model.experts import ExpertGroup, Experts
-from mm.train.estimate import footprint
 from mm.train.export import load_trained
-from mm.train.recipe import Recipe
 from tests.small_world import ONE_AFTER_ANOTHER, environment, losses, picture, train_here
 from tests.test_fusion_commands import fused
 
@@ -132,6 +130,16 @@ def test_a_run_that_goes_on_is_the_run_that_did_not_stop(recipe: Path, tmp_path:
     assert losses(train_here(recipe, f"run={tmp_path / 'parts'}", STEPS, chosen)) == pytest.approx(whole, rel=1e-6)
 
 
+@pytest.mark.parametrize("name", ["dense", "experts with noise", "experts and depth", "token choice", "untied"])
+def test_a_deterministic_run_that_goes_on_has_the_bits_of_the_run_that_did_not_stop(
+    recipes: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    chosen = ("precision=bf16", "deterministic=true")
+    whole = losses(train_here(recipes[name], f"run={tmp_path / 'whole'}", STEPS, *chosen))
+    train_here(recipes[name], f"run={tmp_path / 'parts'}", "steps=3", *chosen)
+    assert losses(train_here(recipes[name], f"run={tmp_path / 'parts'}", STEPS, *chosen)) == whole
+
+
 def test_the_loss_by_a_kernel_trains_as_the_reference(recipe: Path, tmp_path: Path) -> None:
     pytest.importorskip("liger_kernel")
     options = ("precision=bf16", STEPS)
@@ -144,15 +152,6 @@ def test_the_loss_by_a_kernel_trains_as_the_reference(recipe: Path, tmp_path: Pa
         "objective.backend=liger",
     )
     assert losses(liger) == pytest.approx(losses(plain), rel=0.01)
-
-
-def test_the_estimate_holds_what_a_gpu_holds(recipe: Path, tmp_path: Path) -> None:
-    """The estimate is of the heaviest micro-step; torch counts it with its rounding to blocks of 512 bytes."""
-    torch.cuda.reset_peak_memory_stats()
-    base = torch.cuda.memory_allocated()
-    train_here(recipe, f"run={tmp_path}", STEPS)
-    measured = torch.cuda.max_memory_allocated() - base
-    print("estimate", footprint(Recipe.load(recipe, ["steps=6"]), 1), "measured", measured)
 
 
 def test_a_profile_tells_what_the_gpu_did(recipe: Path, tmp_path: Path) -> None:

@@ -35,16 +35,19 @@ class Backend:
     masks: whether it honours the branches and spans of a layout; a backend that would ignore them is refused
     devices: device types that it runs on
     dtypes: dtypes that it takes
+    depth: the smallest head depth that it takes
     """
 
     run: Callable[[Tensor, Tensor, Tensor, Layout], Tensor]
     masks: bool = False
     devices: tuple[str, ...] = ("cpu", "cuda")
     dtypes: tuple[torch.dtype, ...] = EVERY
+    depth: int = 1
 
     def takes(self, q: Tensor, layout: Layout) -> bool:
         honours = self.masks or layout.is_plain
-        return honours and q.device.type in self.devices and q.dtype in self.dtypes
+        able = q.device.type in self.devices and q.dtype in self.dtypes and q.shape[-1] >= self.depth
+        return honours and able
 
 
 @torch.compiler.disable(reason="the calls follow the lengths of documents, which differ in every batch")
@@ -213,6 +216,12 @@ def _compiled_flex() -> Callable[..., object]:
     return torch.compile(flex_attention)
 
 
+@cache
+def _compiled_block_mask() -> Callable[..., BlockMask]:
+    """Without compilation every pair of tokens would be a byte in memory."""
+    return torch.compile(create_block_mask)
+
+
 def _flex_mask(layout: Layout) -> BlockMask:
     documents = layout.document_of_token
     branches, spans = _marks(layout)
@@ -223,14 +232,15 @@ def _flex_mask(layout: Layout) -> BlockMask:
         own_span = (spans[key] == spans[query]) & (spans[key] > 0)
         return together & ((own_or_trunk & (key <= query)) | own_span)
 
-    return create_block_mask(visible, None, None, layout.tokens, layout.tokens, device=layout.device)
+    create = _compiled_block_mask() if layout.device.type == "cuda" else create_block_mask
+    return create(visible, None, None, layout.tokens, layout.tokens, device=layout.device)
 
 
 BACKENDS: dict[str, Backend] = {
     "varlen": Backend(_varlen, devices=("cuda",), dtypes=HALF),
     "buckets": Backend(_buckets),
+    "flex": Backend(_flex, masks=True, devices=("cuda",), dtypes=(*HALF, torch.float32), depth=16),
     "masked": Backend(_masked, masks=True),
-    "flex": Backend(_flex, masks=True, devices=("cuda",)),
     "documents": Backend(_documents),
 }
 """Backends by name, the first that takes the inputs is the default."""

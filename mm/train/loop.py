@@ -40,7 +40,7 @@ from mm.train.interrupts import Interrupts, Stopped, leave_to_the_run, seconds_o
 from mm.train.memory import Memory, check_memory, memory_of_a_process
 from mm.train.meter import Meter, device_peak, training_factors
 from mm.train.optim import freeze, set_learning_rate
-from mm.train.parallel import World, join_world, local_world, resolve_precision
+from mm.train.parallel import World, join_world, local_world, reproducible, resolve_precision
 from mm.train.profile import Steps, profiling
 from mm.train.recipe import Recipe
 from mm.train.records import Ledger, Seen, writers
@@ -80,7 +80,12 @@ def train(recipe: Recipe, profiled: Steps | None = None) -> Path:
             check_architecture(resumed, recipe)
         stages = stages_from(resumed, recipe)
         stages = chain([next(stages)], stages)  # the first is planned before processes meet
-        with join_world() as world, saving(recipe, world) as saver, out_of_memory_explained(world):
+        with (
+            reproducible(recipe.deterministic),
+            join_world() as world,
+            saving(recipe, world) as saver,
+            out_of_memory_explained(world),
+        ):
             outcome: Outcome = "ended"
             while outcome != "stopped" and (stage := next(stages, None)):
                 if stage.is_over and stage.number + 1 < len(recipe.stage_recipes()):

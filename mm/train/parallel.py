@@ -199,6 +199,24 @@ def join_world(timeout: timedelta = timedelta(minutes=30)) -> Iterator[World]:
         leave_world()
 
 
+@contextmanager
+def reproducible(wanted: bool) -> Iterator[None]:
+    """Where wanted, an operation of which no kernel sums in one order is an error that names it.
+
+    cuBLAS asks for the variable before its first product. https://docs.pytorch.org/docs/stable/notes/randomness.html
+    """
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
 def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype:
     """The dtype of compute. ``auto`` takes bf16 where the device multiplies it natively and float32 elsewhere."""
     if precision == "fp32":

@@ -73,6 +73,7 @@ class DataOptions:
 
 OF_THE_WHOLE_RUN = {
     *("name", "run", "seed", "init_from", "warm_start", "log_to", "save_async", "keep", "keep_every", "time_limit"),
+    "deterministic",
     "stages",
 }
 """Keys that a stage cannot change."""
@@ -91,6 +92,8 @@ class Recipe:
     init_from: run, checkpoint or export whose weights to start from (weights only, unlike resuming)
     warm_start: where linear adapters start, see `mm.train.warm_start`
     precision: `auto` computes in bf16 where the device does so natively
+    deterministic: only kernels that sum in one order, so that a GPU gives the same bits again, after a resume too; an
+        operation that has none stops the run. CPUs do so anyway
     log_to: where figures go, beside the terminal and ``metrics.jsonl``; see docs/meters.md
     validate_every, save_every: steps; 0 means only at the end
     save_async: write checkpoints while training goes on, from a copy in memory; else training waits for each
@@ -114,6 +117,7 @@ class Recipe:
     init_from: str | None = None
     warm_start: WarmStartOptions | None = None
     precision: Precision = "auto"
+    deterministic: bool = False
     parallel: ParallelOptions = field(default_factory=ParallelOptions)
     objective: dict[str, Any] = field(default_factory=lambda: {"_target_": "mm.objectives.next_token.NextToken"})
     optim: OptimOptions = field(default_factory=OptimOptions)
