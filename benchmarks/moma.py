@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import FileLock
+
+from benchmarks.sweeps import TIMED, cpu_seconds, read_results, slug, sweep, write_result
 
 RESULTS = Path(__file__).with_name("moma.jsonl")
 
@@ -81,7 +82,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        return f"{self.arm} lr {self.rate:g} seed {self.seed} steps {self.steps}".replace(",", "").replace(" ", "-")
+        return slug(self.arm, "lr", f"{self.rate:g}", "seed", self.seed, "steps", self.steps)
 
 
 # ------------------------------------------------------------------------------------------------------- the corpora
@@ -218,22 +219,11 @@ def run(job: Job, folder: Path, results: Path) -> None:
         done = subprocess.run(command, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False)
     if done.returncode:
         raise RuntimeError(f"{job.name} failed, see {log}:\n{log.read_text()[-2000:]}")
-    processor = float(log.read_text().rpartition("CPU seconds ")[2].split()[0])
-    result = asdict(job) | {"cpu_seconds": round(processor), "wall_seconds": round(time.time() - begin)}
+    processor = cpu_seconds(log.read_text())
+    result = asdict(job) | {"cpu_seconds": processor, "wall_seconds": round(time.time() - begin)}
     result |= measured(folder / "runs" / job.name, job.steps)
-    with FileLock(f"{results}.lock"), results.open("a") as file:
-        file.write(json.dumps(result) + "\n")
-    print(f"{job.name}: {processor:.0f} CPU seconds, held-out loss {endpoint(result):.4f}", flush=True)
-
-
-TIMED = """
-import resource, sys
-from mm.train.loop import train
-from mm.train.recipe import Recipe
-train(Recipe.load(sys.argv[1]))
-used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-print("CPU seconds", sum(one.ru_utime + one.ru_stime for one in used))
-"""
+    write_result(results, result)
+    print(f"{job.name}: {processor} CPU seconds, held-out loss {endpoint(result):.4f}", flush=True)
 
 
 def measured(run: Path, steps: int) -> dict[str, Any]:
@@ -319,21 +309,9 @@ def endpoint(result: dict[str, Any], kind: str = "held_out") -> float:
     return sum(weight * result[kind][f"source/{source}"] for source, weight in WEIGHTS.items())
 
 
-def read_results(path: Path = RESULTS) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def missing(wanted: Iterable[Job], results: Iterable[dict[str, Any]]) -> list[Job]:
     done = {Job(one["arm"], one["rate"], one["seed"], one["steps"]) for one in results}
     return [job for job in wanted if job not in done]
-
-
-def sweep(folder: Path, parallel: int, budget: float) -> None:
-    """Runs what is missing, so many at once, and starts none after `budget` minutes."""
-    end = time.time() + 60 * budget
-    while (todo := missing(jobs(results := read_results()), results)) and time.time() < end:
-        with ThreadPoolExecutor(parallel) as pool:
-            list(pool.map(lambda job: run(job, folder, RESULTS) if time.time() < end else None, todo))
 
 
 # ----------------------------------------------------------------------------------------------------------- the demo
@@ -378,7 +356,13 @@ def main() -> None:
     elif options.command == "prepare":
         prepare(options.folder.absolute(), options.dictionary)
     else:
-        sweep(options.folder.absolute(), options.parallel, options.minutes)
+        folder = options.folder.absolute()
+        sweep(
+            lambda: missing(jobs(results := read_results(RESULTS)), results),
+            lambda job: run(job, folder, RESULTS),
+            options.parallel,
+            options.minutes,
+        )
 
 
 if __name__ == "__main__":

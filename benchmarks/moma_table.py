@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.moma import ARMS, SEEDS, STEPS, best_rate, decoder, endpoint, read_results
+from benchmarks.moma import ARMS, RESULTS, SEEDS, STEPS, best_rate, decoder, endpoint
+from benchmarks.sweeps import read_results
 from mm import configure
 from mm.model.decoder import Decoder, DecoderConfig
 
@@ -174,7 +175,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plot", nargs="?", type=Path)
     options = parser.parse_args()
-    results = read_results()
+    results = read_results(RESULTS)
     print(table(results))
     if options.plot:
         plot(results, options.plot)

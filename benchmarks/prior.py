@@ -1,16 +1,21 @@
 """Token weights by a reference against plain next-token prediction: a sweep over arms and seeds, and what it costs.
 
-    clip-art, WordNet ─▶ captions: title, gloss, boilerplate ─▶ BPE ─┬─▶ reference in folds ─▶ column ─▶ arms ─┐
-                                                                     └─▶ judges, with and without pictures ────┴─▶ table
+    pictures, captions ─▶ BPE ─┬─▶ reference in folds ─▶ column ─▶ arms ─┐
+                               └─▶ judges, with and without pictures ────┴─▶ table
 
-A title says what the picture shows; the gloss of its noun follows from the title, and the boilerplate is much the same
-everywhere. So a model of words alone predicts most of a caption, and weights have something to tell apart. What counts
-is the held-out loss of two kinds of tokens. Which are *image-related* is decided without any weight: by judges, models
-of other seeds trained plainly with pictures and without, whose losses on held-out captions are compared token by token.
+Two settings. `adapter`: drawings enter through a frozen encoder; a title says what the picture shows, the gloss of its
+noun follows from the title, and the boilerplate is much the same everywhere. `fusion`: composed scenes enter as codes,
+and a caption says which things stand where. In both, a model of words alone predicts much of a caption, and weights
+have something to tell apart. What counts is the held-out loss of two kinds of tokens. Which are *image-related* is
+decided without any weight: by judges, models of other seeds trained plainly with pictures and without, whose losses on
+held-out captions are compared token by token.
 
     python -m benchmarks.prior prepare FOLDER --wordnet wordnet-base.deb    captions, BPE, reference: minutes, once
-    python -m benchmarks.prior sweep FOLDER      all runs, two at a time; repeated, it goes on
-    python -m benchmarks.prior table FOLDER      what prior.jsonl holds, with intervals
+    python -m benchmarks.prior prepare OTHER --tokenizer RUN                scenes, BPE, codes, reference
+    python -m benchmarks.prior sweep FOLDER      all runs of that setting, two at a time; repeated, it goes on
+    python -m benchmarks.prior table FOLDER      what prior.jsonl holds of it, with intervals
+
+An image tokenizer for the scenes is what `python -m benchmarks.moma prepare OUT` trains: OUT/tokenizer.
 """
 
 from __future__ import annotations
@@ -22,9 +27,7 @@ import re
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -32,12 +35,12 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from filelock import FileLock
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 
+from benchmarks.sweeps import TIMED, cpu_seconds, read_results, slug, sweep, write_result
 from mm.data import columns
 from mm.data.card import Card
 from mm.data.columns import Row
@@ -47,10 +50,13 @@ from mm.data.sources.writer import Member, write_shards
 from mm.demo import captioned_pictures
 from mm.evaluate import Options, build_choice_suite, evaluate
 from mm.evaluate.model import ModelAnswerer
+from mm.model.multimodal import MultimodalLM, build_tokenizers
 from mm.objectives.next_token import NextToken
 from mm.packing.batch import IGNORE, Batch
-from mm.packing.weights import REFERENCE, Reference, reference_type
-from mm.score.reference import log_probabilities
+from mm.packing.collate import Document, Processor
+from mm.packing.weights import REFERENCE, Reference, reference_type, targets, words_with_loss
+from mm.sample import Image, Modality, Sample
+from mm.tokenizers.base import MediaTokenizer
 from mm.train.export import load_trained
 
 RESULTS = Path(__file__).with_name("prior.jsonl")
@@ -58,7 +64,8 @@ DEMO = Path("data_cards/demo/card.yaml")
 WORDNET = PurePosixPath("usr/share/wordnet")
 
 STEPS, REFERENCE_STEPS, FOLDS = 300, 160, 4
-RATES = (1e-3, 3e-3)
+RATES = {"adapter": (1e-3, 3e-3), "fusion": (3e-3, 9e-3)}
+SCENES = 12000
 SEEDS = (0, 1, 2)
 JUDGES = (100, 101)
 """Seeds of the judges."""
@@ -103,9 +110,9 @@ class Focal(NextToken):
         with torch.no_grad():
             predicted: Any = model(batch, self.head_loss)
         labelled = (batch.labels != IGNORE).nonzero().squeeze(1)
-        document = batch.document_of_token()[labelled]
+        document = batch.document_of_token().to(labelled.device)[labelled]
         raw = -torch.expm1(-predicted.nll.double())
-        sums = torch.zeros(len(batch.rows), 2, dtype=torch.float64)
+        sums = torch.zeros(len(batch.rows), 2, dtype=torch.float64, device=raw.device)
         sums.index_add_(0, document, torch.stack([raw, torch.ones_like(raw)], 1))
         factors = raw * (sums[:, 1] / sums[:, 0].clamp(min=1e-12))[document]
         weights = torch.zeros_like(batch.weights).index_copy(0, labelled, factors.to(batch.weights.dtype))
@@ -116,6 +123,7 @@ class Focal(NextToken):
 class Job:
     """One run."""
 
+    setting: str
     arm: str
     rate: float
     seed: int
@@ -123,8 +131,11 @@ class Job:
 
     @property
     def name(self) -> str:
-        words = f"{self.arm} lr {self.rate:g} seed {self.seed} steps {self.steps}"
-        return words.replace(",", "").replace(" ", "-")
+        return slug(self.arm, "lr", f"{self.rate:g}", "seed", self.seed, "steps", self.steps)
+
+    @classmethod
+    def of(cls, result: Mapping[str, Any]) -> Job:
+        return cls(*(result[name] for name in ("setting", "arm", "rate", "seed", "steps")))
 
 
 # -------------------------------------------------------------------------------------------------------- the captions
@@ -184,24 +195,44 @@ def _members(card: Card, splits: Sequence[str], meanings: Mapping[str, str]) -> 
         shard.close()
 
 
-def prepare(folder: Path, wordnet: Path) -> None:
+def setting_of(folder: Path) -> str:
+    return "fusion" if (folder / "tokenizer.yaml").exists() else "adapter"
+
+
+def card_of(folder: Path) -> Path:
+    return folder / "captions" / "card.yaml"
+
+
+def prepare(folder: Path, wordnet: Path | None, tokenizer: Path | None) -> None:
     """Captions, BPE, the reference and its shuffled controls; what is there already is not made again."""
     folder.mkdir(parents=True, exist_ok=True)
-    captions = folder / "captions"
-    if not (captions / "card.yaml").exists():
+    captions, card = folder / "captions", str(card_of(folder))
+    if tokenizer is not None:
+        loaded = {"_target_": "mm.train.tokenizer.TrainedTokenizer.load", "weights": str(tokenizer.absolute())}
+        (folder / "tokenizer.yaml").write_text(yaml.safe_dump(loaded))
+        if not card_of(folder).exists():
+            command("data", "build", "scenes", str(captions), f"samples={SCENES}")
+    elif wordnet is not None and not card_of(folder).exists():
         captions.mkdir(exist_ok=True)
         write_captions(captions, glosses(wordnet))
     if not (folder / "bpe").exists():
-        command("data", "bpe", str(captions / "card.yaml"), "--size", "2048", "--out", str(folder / "bpe"))
+        size = 2048 if tokenizer is None else 512
+        command("data", "bpe", card, "--size", str(size), "--out", str(folder / "bpe"))
+    if tokenizer is not None:
+        preset = str(folder / "tokenizer.yaml")
+        for split in ("train", "heldout"):
+            where = ["--split", split, "--folder", str(folder / "index" / "index")]
+            command("data", "tokenize", card, "--with", preset, *where)
     cost = folder / "reference.json"
     if not cost.exists():  # so that a repeated command, which finds it all done, does not tell how little that took
         begin = processor_seconds()
         score(folder)
-        cost.write_text(json.dumps({"arm": "reference", "cpu_seconds": round(processor_seconds() - begin)}))
+        spent = round(processor_seconds() - begin)
+        cost.write_text(json.dumps({"setting": setting_of(folder), "arm": "reference", "cpu_seconds": spent}))
     for name, within in (("shuffled", False), ("shuffled_within", True)):
         write_shuffled(train_index(folder), name, within)
-    if not any(one["arm"] == "reference" for one in read_results()):
-        write_result(json.loads(cost.read_text()))
+    if not any(one["arm"] == "reference" for one in results_of(folder)):
+        write_result(RESULTS, json.loads(cost.read_text()))
 
 
 def command(*arguments: str) -> None:
@@ -219,21 +250,18 @@ def processor_seconds() -> float:
 def score(folder: Path) -> None:
     """The reference: trained on the captions in folds, and its column."""
     path = folder / "reference.yaml"
-    recipe = base_recipe(folder, "reference", STEPS) | {
+    recipe = base_recipe(folder, "reference", REFERENCE_STEPS) | {
         "run": str(folder / "reference"),
         "model": {"decoder": {"config": DECODER}},
-        "steps": REFERENCE_STEPS,
     }
     recipe["data"] = {"workers": 0}
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))
     with_options = ["--with", "mm.score.reference.ReferenceLM", "--model", str(path), f"folds={FOLDS}"]
-    card = str(folder / "captions" / "card.yaml")
-    command("data", "score", card, *with_options, "--folder", str(folder / "index" / "index"))
+    command("data", "score", str(card_of(folder)), *with_options, "--folder", str(folder / "index" / "index"))
 
 
 def train_index(folder: Path, split: str = "train") -> Index:
-    card = Card.load(folder / "captions" / "card.yaml")
-    return index_card(card, split, folder / "index" / "index", progress=False)
+    return index_card(Card.load(card_of(folder)), split, folder / "index" / "index", progress=False)
 
 
 def write_shuffled(index: Index, name: str, within: bool) -> None:
@@ -272,15 +300,20 @@ ADAPTER = {"_target_": "mm.encoders.adapters.AveragePool", "tokens": 4, "norm": 
 
 
 def base_recipe(folder: Path, name: str, steps: int) -> dict[str, Any]:
+    model: dict[str, Any] = {"decoder": {"config": DECODER}}
+    if setting_of(folder) == "fusion":
+        model["tokenizers"] = {"image": yaml.safe_load((folder / "tokenizer.yaml").read_text())}
+    else:
+        model["encoders"] = {"image": {**ENCODER, "adapter": ADAPTER}}
     return {
         "name": name,
         "steps": steps,
-        "model": {"decoder": {"config": DECODER}, "encoders": {"image": {**ENCODER, "adapter": ADAPTER}}},
+        "model": model,
         "tokenizer": {"path": str(folder / "bpe")},
         "packing": {"capacity": 512, "batch": 4, "window": 64},
         "micro_batch": 4,
         "precision": "fp32",
-        "optim": {"lr": RATES[0], "weight_decay": 0.1},
+        "optim": {"lr": 1e-3, "weight_decay": 0.1},
         "schedule": {"warmup": 0.06, "floor": 0.02},
         "log_every": 10,
         "log_to": [],
@@ -291,14 +324,13 @@ def base_recipe(folder: Path, name: str, steps: int) -> dict[str, Any]:
 def recipe(job: Job, folder: Path) -> dict[str, Any]:
     """The recipe of a run."""
     arm = ARMS[job.arm]
-    card = str(folder / "captions" / "card.yaml")
     weights = {"arm": arm["weights"]} if "weights" in arm else {}
     made = base_recipe(folder, job.name, job.steps) | {
         "run": str(folder / "runs" / job.name),
         "seed": job.seed,
         "objective": {"_target_": arm.get("objective", "mm.objectives.next_token.NextToken")},
         "data": {
-            "sources": {"captions": {"card": card, "weights": weights}},
+            "sources": {"captions": {"card": str(card_of(folder)), "weights": weights}},
             "index": str(folder / "index"),
             "workers": 0,
         },
@@ -307,19 +339,11 @@ def recipe(job: Job, folder: Path) -> dict[str, Any]:
     if arm.get("blind"):
         made["model"] = {"decoder": {"config": DECODER}}
         made["tokenizer"] = {"path": str(folder / "bpe"), "words_only": True}
-    else:
+        if job.setting == "fusion":  # as many captions a step as the others read, whose codes are most of their tokens
+            made |= {"packing": made["packing"] | {"batch": 1}, "micro_batch": 1}
+    elif job.setting == "adapter":
         made["optim"]["parts"] = [{"match": r"^encoders\.", "freeze": True}]
     return made
-
-
-TIMED = """
-import resource, sys
-from mm.train.loop import train
-from mm.train.recipe import Recipe
-train(Recipe.load(sys.argv[1]))
-used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-print("CPU seconds", sum(one.ru_utime + one.ru_stime for one in used))
-"""
 
 
 def run(job: Job, folder: Path) -> None:
@@ -336,10 +360,27 @@ def run(job: Job, folder: Path) -> None:
             done = subprocess.run(command_line, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False)
             if done.returncode:
                 raise RuntimeError(f"{job.name} failed, see {log}:\n{log.read_text()[-2000:]}")
-    processor = float(log.read_text().partition("CPU seconds ")[2].split()[0])
+    processor = cpu_seconds(log.read_text())
     found = json.loads((folder / "measured" / f"{job.name}.json").read_text())
-    write_result(asdict(job) | {"cpu_seconds": round(processor)} | found)
-    print(f"{job.name}: {processor:.0f} CPU seconds, held-out loss {found['held_out']:.4f}", flush=True)
+    write_result(RESULTS, asdict(job) | {"cpu_seconds": processor, "device": device_name()} | found)
+    print(f"{job.name}: {processor} CPU seconds, held-out loss {found['held_out']:.4f}", flush=True)
+
+
+def _entering(sample: Sample, tokenizers: Mapping[Modality, MediaTokenizer]) -> Sample:
+    """The sample with its pictures as the model reads them."""
+    if not tokenizers:
+        return sample
+    reader = tokenizers[Modality.IMAGE]
+    parts = [reader.read([part])[0] if isinstance(part, Image) else part for part in sample.parts]
+    return replace(sample, parts=tuple(parts))
+
+
+@torch.no_grad()
+def losses_of_words(model: MultimodalLM, processor: Processor, documents: Sequence[Document]) -> Iterator[np.ndarray]:
+    """(n,) nats of every word of a document that bears loss, document by document."""
+    for document in documents:
+        nll = model(processor.collate([[document]], [[(0, 0, 0)]])).nll.numpy()
+        yield nll[words_with_loss(document)[targets(document)]]
 
 
 def measure(name: str, folder: Path, most: int) -> None:
@@ -354,8 +395,9 @@ def measure(name: str, folder: Path, most: int) -> None:
     out.mkdir(exist_ok=True)
     trained = load_trained(folder / "runs" / name)
     index = train_index(folder, "heldout")
-    documents = [trained.processor.document(index.sample(row)) for row in range(index.rows)]
-    nll = [-logs for logs in log_probabilities(trained.model, trained.processor, documents)]
+    tokenizers = build_tokenizers(trained.recipe.model)
+    documents = [trained.processor.document(_entering(index.sample(row), tokenizers)) for row in range(index.rows)]
+    nll = list(losses_of_words(trained.model, trained.processor, documents))
     sizes = np.array([len(one) for one in nll])
     np.savez(out / f"{name}.npz", nll=np.concatenate(nll), sizes=sizes)
     found = {"held_out": round(float(np.concatenate(nll).mean()), 4)}
@@ -374,39 +416,36 @@ def measure(name: str, folder: Path, most: int) -> None:
 # ----------------------------------------------------------------------------------------------------------- the sweep
 
 
-def jobs(results: Sequence[Mapping[str, Any]]) -> Iterator[Job]:
+def jobs(setting: str, results: Sequence[Mapping[str, Any]]) -> Iterator[Job]:
     """The runs that are wanted: plain ones at every rate, then judges and all arms at the best of them."""
-    yield from (Job("NTP", rate, SEEDS[0]) for rate in RATES)
-    tried = {one["rate"]: one["held_out"] for one in results if one["arm"] == "NTP" and one["seed"] == SEEDS[0]}
-    if not set(RATES) <= tried.keys():
+    yield from (Job(setting, "NTP", rate, SEEDS[0]) for rate in RATES[setting])
+    rate = best_rate(setting, results)
+    if rate is None:
         return
-    rate = min(RATES, key=lambda one: tried[one])
-    yield from (Job(arm, rate, seed) for seed in JUDGES for arm in JUDGE_ARMS)
+    yield from (Job(setting, arm, rate, seed) for seed in JUDGES for arm in JUDGE_ARMS)
     for seed in SEEDS:
-        yield from (Job(arm, rate, seed) for arm in ARMS if arm not in JUDGE_ARMS[1:])
+        yield from (Job(setting, arm, rate, seed) for arm in ARMS if arm not in JUDGE_ARMS[1:])
 
 
-def read_results() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+def best_rate(setting: str, results: Sequence[Mapping[str, Any]]) -> float | None:
+    """The rate at which plain training ends best; None before all were tried."""
+    tried = {one["rate"]: one["held_out"] for one in results if one["arm"] == "NTP" and one["seed"] == SEEDS[0]}
+    return min(tried, key=lambda rate: tried[rate]) if set(RATES[setting]) <= tried.keys() else None
 
 
-def write_result(result: Mapping[str, Any]) -> None:
-    with FileLock(f"{RESULTS}.lock"), RESULTS.open("a") as file:
-        file.write(json.dumps(result) + "\n")
+def results_of(folder: Path) -> list[dict[str, Any]]:
+    """Of the folder's setting, the reference's cost among them."""
+    return [one for one in read_results(RESULTS) if one["setting"] == setting_of(folder)]
 
 
-def missing() -> list[Job]:
-    results = [one for one in read_results() if one["arm"] != "reference"]
-    done = {Job(one["arm"], one["rate"], one["seed"], one["steps"]) for one in results}
-    return [job for job in jobs(results) if job not in done]
+def missing(folder: Path) -> list[Job]:
+    results = [one for one in results_of(folder) if one["arm"] != "reference"]
+    done = {Job.of(one) for one in results}
+    return [job for job in jobs(setting_of(folder), results) if job not in done]
 
 
-def sweep(folder: Path, parallel: int, budget: float) -> None:
-    """Runs what is missing, so many at once, and starts none after `budget` minutes."""
-    end = time.time() + 60 * budget
-    while (wanted := missing()) and time.time() < end:
-        with ThreadPoolExecutor(parallel) as pool:
-            list(pool.map(lambda job: run(job, folder) if time.time() < end else None, wanted))
+def device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 
 # ----------------------------------------------------------------------------------------------------------- the table
@@ -431,7 +470,8 @@ class HeldOut:
 def image_related(folder: Path, rate: float) -> np.ndarray:
     """(n,) bool: the held-out tokens on which pictures save the judges `DROP` nats or more, mean over their seeds."""
     seeing, blind = (
-        np.mean([HeldOut.read(folder, Job(arm, rate, seed)).nll for seed in JUDGES], axis=0) for arm in JUDGE_ARMS
+        np.mean([HeldOut.read(folder, Job(setting_of(folder), arm, rate, seed)).nll for seed in JUDGES], axis=0)
+        for arm in JUDGE_ARMS
     )
     return blind - seeing >= DROP
 
@@ -451,17 +491,24 @@ def interval(differences: np.ndarray, caption: np.ndarray, resamples: int = 2000
 
 def table(folder: Path) -> None:
     """Prints the held-out losses of every arm, and what they differ from plain ones of the same seeds."""
-    results = [one for one in read_results() if one["arm"] != "reference"]
-    rate = min(RATES, key=lambda one: next(r["held_out"] for r in results if r["arm"] == "NTP" and r["rate"] == one))
+    results, setting = [one for one in results_of(folder) if one["arm"] != "reference"], setting_of(folder)
+    rate = best_rate(setting, results)
+    if rate is None:
+        raise SystemExit("the runs that choose the learning rate are missing; go on with `sweep`")
     related = image_related(folder, rate)
-    done = {Job(one["arm"], one["rate"], one["seed"], one["steps"]): one for one in results}
-    plain = {seed: HeldOut.read(folder, Job("NTP", rate, seed)) for seed in SEEDS if Job("NTP", rate, seed) in done}
+    done = {Job.of(one): one for one in results}
+
+    def of(arm: str) -> dict[int, HeldOut]:
+        named = {seed: Job(setting, arm, rate, seed) for seed in SEEDS}
+        return {seed: HeldOut.read(folder, job) for seed, job in named.items() if job in done}
+
+    plain = of("NTP")
     shown = Table("arm", "seeds", "image-related", "− NTP (95 %)", "other", "− NTP (95 %)", "suite", "CPU s")
     for arm in ARMS:
-        seeds = [seed for seed in plain if Job(arm, rate, seed) in done]
+        losses = of(arm)
+        seeds = [seed for seed in plain if seed in losses]
         if not seeds or arm in JUDGE_ARMS[1:]:
             continue
-        losses = {seed: HeldOut.read(folder, Job(arm, rate, seed)) for seed in seeds}
         cells = [arm, str(len(seeds))]
         for mask in (related, ~related):
             means = [float(losses[seed].nll[mask].mean()) for seed in seeds]
@@ -469,14 +516,19 @@ def table(folder: Path) -> None:
             low, high = interval(difference, losses[seeds[0]].caption[mask])
             spread = f" ±{statistics.stdev(means):.3f}" if len(means) > 1 else ""
             cells += [f"{statistics.mean(means):.3f}{spread}", f"{difference.mean():+.3f} ({low:+.3f} to {high:+.3f})"]
-        found = [done[Job(arm, rate, seed)] for seed in seeds]
-        accuracy = statistics.mean(one["accuracy_likelihood"] for one in found)
-        cells += [f"{accuracy:.1%}", f"{statistics.mean(one['cpu_seconds'] for one in found):.0f}"]
+        found = [done[Job(setting, arm, rate, seed)] for seed in seeds]
+        right = [one["accuracy_likelihood"] for one in found if "accuracy_likelihood" in one]
+        cells += [
+            f"{statistics.mean(right):.1%}" if right else "",
+            f"{statistics.mean(one['cpu_seconds'] for one in found):.0f}",
+        ]
         shown.add_row(*cells)
     console = Console(width=150)
-    console.print(f"{related.sum():,} of {len(related):,} held-out tokens are image-related; learning rate {rate:g}")
+    console.print(
+        f"{setting}: {related.sum():,} of {len(related):,} held-out tokens are image-related; learning rate {rate:g}"
+    )
     console.print(shown)
-    for one in read_results():
+    for one in results_of(folder):
         if one["arm"] == "reference":
             training = statistics.mean(r["cpu_seconds"] for r in results if r["arm"] == "PRIOR 1")
             console.print(f"reference: {one['cpu_seconds']} CPU s, {one['cpu_seconds'] / training:.0%} of a run's")
@@ -487,7 +539,9 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("prepare", "sweep", "measure", "table"):
         commands.add_parser(name).add_argument("folder", type=Path)
-    commands.choices["prepare"].add_argument("--wordnet", type=Path, required=True, help="Debian's wordnet-base_….deb")
+    what = commands.choices["prepare"].add_mutually_exclusive_group(required=True)
+    what.add_argument("--wordnet", type=Path, help="Debian's wordnet-base_….deb: the setting `adapter`")
+    what.add_argument("--tokenizer", type=Path, help="run of an image tokenizer: the setting `fusion`")
     commands.choices["sweep"].add_argument("--parallel", type=int, default=2)
     commands.choices["sweep"].add_argument("--minutes", type=float, default=1e9, help="start no run after that")
     commands.choices["measure"].add_argument("run", help="name of the run")
@@ -495,9 +549,9 @@ def main() -> None:
     options = parser.parse_args()
     folder = options.folder.absolute()
     if options.command == "prepare":
-        prepare(folder, options.wordnet)
+        prepare(folder, options.wordnet, options.tokenizer)
     elif options.command == "sweep":
-        sweep(folder, options.parallel, options.minutes)
+        sweep(lambda: missing(folder), lambda job: run(job, folder), options.parallel, options.minutes)
     elif options.command == "measure":
         measure(options.run, folder, options.pictures)
     else:
