@@ -65,7 +65,7 @@ WORDNET = PurePosixPath("usr/share/wordnet")
 
 STEPS, REFERENCE_STEPS, FOLDS = 300, 160, 4
 RATES = {"adapter": (1e-3, 3e-3), "fusion": (3e-3, 9e-3)}
-SCENES = 12000
+SCENES = 8000
 SEEDS = (0, 1, 2)
 JUDGES = (100, 101)
 """Seeds of the judges."""

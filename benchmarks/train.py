@@ -429,11 +429,11 @@ def check_equal_losses(documents: Sequence[Document], sizes: Sizes, folder: Path
     """Stops the benchmark where the two models do not compute the same loss of the same samples."""
     ours = build_ours(sizes, folder)
     theirs = build_theirs(sizes, ours, folder)
+    packed, padded = pack(documents, ours), pad(documents, sizes, ours)
+    if sizes.device == "cuda":
+        ours, theirs, packed, padded = ours.to("cuda"), theirs.to("cuda"), on_gpu(packed), on_gpu(padded)
     with torch.no_grad():
-        our, their = (
-            float(our_loss(ours, pack(documents, ours))),
-            float(their_loss(theirs, pad(documents, sizes, ours))),
-        )
+        our, their = float(our_loss(ours, packed)), float(their_loss(theirs, padded))
     if abs(our - their) > TOLERANCE:
         raise SystemExit(f"the two models differ: loss {our:.6f} packed and {their:.6f} padded, of the same samples")
     print(f"\nThe same {len(documents)} samples give loss {our:.6f} packed and {their:.6f} padded")
@@ -449,10 +449,13 @@ def compare_speed(
         arm.step(arm.heaviest_first()[-1])
     parts = {name: arm.dealt(turns) for name, arm in arms.items()}
     seconds: dict[str, list[float]] = {name: [] for name in names}
+    extra = dict.fromkeys(names, 0.0)
     for turn in range(turns):
         for shift in range(len(names)):
             name = names[(turn + shift) % len(names)]
+            held = _reset_peak()
             seconds[name].append(arms[name].run(parts[name][turn]))
+            extra[name] = max(extra[name], _peak() - held)
     useful = sum(map(len, documents))
     print(f"\n{title}: {len(documents)} samples, {useful} useful tokens, {turns} turns")
     speeds = {
@@ -468,6 +471,7 @@ def compare_speed(
             f"  {name:16} {len(arm.loads):3} steps, {computed:4.2f} × the tokens, "
             f"{useful / sum(seconds[name]):7.0f} useful tokens/s   packed is "
             f"{sum(seconds[name]) / sum(seconds['packed']):.2f} × ({min(ratios):.2f} to {max(ratios):.2f})"
+            f"{f', {extra[name]:.0f} MiB beside weights and moments' if sizes.device == 'cuda' else ''}"
         )
 
 
@@ -506,6 +510,14 @@ def compare_memory(arguments: list[str]) -> None:
         )
 
 
+def _reset_peak() -> float:
+    """MiB that are held now, from which on a GPU counts."""
+    if not torch.cuda.is_initialized():
+        return 0.0
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated() / 2**20
+
+
 def _peak() -> float:
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**20
@@ -526,7 +538,7 @@ class Mode(NamedTuple):
 
 FULL = Mode(Sizes(), samples=400, captions=160, turns=10)
 GPU = Mode(
-    Sizes(32768, 1024, 24, 16, 8, tower_width=768, tower_layers=12, side=12, patch=14, scale=1, device="cuda"),
+    Sizes(32768, 1024, 16, 16, 8, tower_width=768, tower_layers=12, side=12, patch=14, scale=1, device="cuda"),
     samples=320,
     captions=160,
     turns=5,
@@ -557,7 +569,8 @@ def main(arguments: list[str]) -> None:
     if options.others:
         compare_others(mixture[: samples // 5], capacity, turns // 2, sizes)
         return
-    compare_memory(arguments)  # first, while this process is small: a child's mark begins at its parent's
+    if not options.gpu:
+        compare_memory(arguments)  # first, while this process is small: a child's mark begins at its parent's
     with tempfile.TemporaryDirectory() as folder:
         check_equal_losses(mixture[:BATCH], sizes, Path(folder))
     compare_speed("Mixed lengths", ARMS, mixture, capacity, turns, sizes)
