@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.moma import ARMS, RESULTS, SEEDS, STEPS, best_rate, decoder, endpoint
+from benchmarks.moma import ARMS, LENGTHS, RESULTS, SEEDS, STEPS, best_rate, decoder, endpoint
 from benchmarks.sweeps import read_results
 from mm import configure
 from mm.model.decoder import Decoder, DecoderConfig
@@ -54,6 +54,9 @@ HEADER = (
     *("held-out loss, causal", "text", "image", "experts look ahead", "routers agree"),
     *("η held-out", "text", "image", "η training", "text", "image", "paper's η"),
 )
+
+
+EQUAL_PARAMETERS = "dense, equal parameters"
 
 
 class Sizes:
@@ -148,26 +151,33 @@ def row(results: Sequence[Result], arm: str, steps: int) -> str:
 
 
 def plot(results: Sequence[Result], path: Path) -> None:
-    """Held-out loss over FLOPs: the dense models' line, and every arm with its range over seeds."""
+    """Held-out loss over FLOPs of the arms of several lengths, and of every arm at one length, each seed a point."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    unit = Sizes("dense").flops * STEPS
-    for axes, (name, measure) in zip(figure.subplots(1, len(MEASURES)), MEASURES.items(), strict=True):
-        for number, arm in enumerate(arm for arm in ARMS if best_rate(results, arm) is not None):
-            steps = lengths(results, arm)
-            found = [[measure(one) for one in runs(results, arm, length)] for length in steps]
-            means = [statistics.mean(values) for values in found]
-            below = [statistics.mean(values) - min(values) for values in found]
-            above = [max(values) - statistics.mean(values) for values in found]
-            flops = [length * Sizes(arm).flops / unit for length in steps]
-            color = "black" if arm == "dense" else f"C{number}"
-            axes.errorbar(flops, means, [below, above], marker="o", capsize=2, linewidth=1, label=arm, color=color)
-        axes.set(xscale="log", xlabel="FLOPs (1: the dense model's 240 steps)", title=name, ylabel="held-out loss")
-        axes.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
-        axes.minorticks_off()
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    over_flops, *by_arm = figure.subplots(1, 1 + len(MEASURES), width_ratios=[1.3, 1, 1, 1])
+    for arm in LENGTHS:
+        steps = lengths(results, arm)
+        means = [statistics.mean(endpoint(one) for one in runs(results, arm, length)) for length in steps]
+        color = "black" if arm == "dense" else None
+        over_flops.plot([length / STEPS for length in steps], means, marker="o", linewidth=1, label=arm, color=color)
+    over_flops.set(xscale="log", xlabel=f"FLOPs (1: a dense model's {STEPS} steps)", ylabel="held-out loss")
+    over_flops.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
+    over_flops.minorticks_off()
+    over_flops.legend(frameon=False)
+
+    arms = [arm for arm in ARMS if best_rate(results, arm) is not None]
+    for axes, (name, measure) in zip(by_arm, MEASURES.items(), strict=True):
+        dense = [measure(one) for one in runs(results, "dense")]
+        axes.axvspan(min(dense), max(dense), color="0.9")
+        for place, arm in enumerate(arms):
+            values = [measure(one) for one in runs(results, arm)]
+            axes.plot(values, [place] * len(values), "o", markersize=5, alpha=0.7, color="C0" if place else "black")
+        labels = [f"{arm},\n4.3 × FLOPs" if arm == EQUAL_PARAMETERS else arm for arm in arms]
+        axes.set_yticks(range(len(arms)), labels if axes is by_arm[0] else [""] * len(arms), fontsize=8)
+        axes.set(title=f"{name}, {STEPS} steps", xlabel="held-out loss", ylim=(len(arms) - 0.5, -0.5))
+    for axes in (over_flops, *by_arm):
         axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].legend(fontsize=7, frameon=False)
     figure.savefig(path, dpi=130)
 
 
