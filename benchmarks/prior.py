@@ -64,7 +64,7 @@ DEMO = Path("data_cards/demo/card.yaml")
 WORDNET = PurePosixPath("usr/share/wordnet")
 
 STEPS, REFERENCE_STEPS, FOLDS = 300, 160, 4
-RATES = {"adapter": (1e-3, 3e-3), "fusion": (3e-3, 9e-3)}
+RATES = {"adapter": (1e-3, 3e-3, 9e-3), "fusion": (3e-3, 9e-3)}
 SCENES = 8000
 SEEDS = (0, 1, 2)
 JUDGES = (100, 101)
@@ -401,7 +401,7 @@ def measure(name: str, folder: Path, most: int) -> None:
     sizes = np.array([len(one) for one in nll])
     np.savez(out / f"{name}.npz", nll=np.concatenate(nll), sizes=sizes)
     found = {"held_out": round(float(np.concatenate(nll).mean()), 4)}
-    if trained.processor.entrances:
+    if trained.model.encoders:
         records = list(captioned_pictures(Card.load(DEMO), "heldout"))[:most]
         titled = [replace(record, caption=f"{record.caption.capitalize()}.") for record in records]
         suite = build_choice_suite(titled, easy_per_picture=1, hard_per_picture=2, seed=0)
