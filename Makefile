@@ -27,7 +27,7 @@ test-slow: $(INSTALLED)  ## run the long ones: kills, scale, ablations
 	$(BIN)/pytest -m slow --timeout=7200
 
 test-gpu: $(INSTALLED)  ## run what needs an NVIDIA GPU; the others leave it alone
-	$(BIN)/pytest -m gpu
+	$(BIN)/pytest -m gpu -v
 
 lint: $(INSTALLED)  ## check style, types and the direction of imports
 	$(BIN)/ruff check .

@@ -41,6 +41,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.sweeps import TIMED, cpu_seconds, read_results, slug, sweep, write_result
+from mm import configure
 from mm.data import columns
 from mm.data.card import Card
 from mm.data.columns import Row
@@ -58,13 +59,14 @@ from mm.packing.weights import REFERENCE, Reference, reference_type, targets, wo
 from mm.sample import Image, Modality, Sample
 from mm.tokenizers.base import MediaTokenizer
 from mm.train.export import load_trained
+from mm.train.recipe import Recipe
 
 RESULTS = Path(__file__).with_name("prior.jsonl")
 DEMO = Path("data_cards/demo/card.yaml")
 WORDNET = PurePosixPath("usr/share/wordnet")
 
 STEPS, REFERENCE_STEPS, FOLDS = 300, 160, 4
-RATES = {"adapter": (1e-3, 3e-3, 9e-3), "fusion": (3e-3, 9e-3)}
+RATES = {"adapter": (1e-3, 3e-3, 9e-3), "fusion": (1e-3, 3e-3, 9e-3)}
 SCENES = 8000
 SEEDS = (0, 1, 2)
 JUDGES = (100, 101)
@@ -72,6 +74,9 @@ JUDGES = (100, 101)
 
 DROP = 0.1
 """Nats that a picture saves the judges on a token, from which on the token is image-related. Fixed before any run."""
+
+LEAST_WEIGHT = 1e-3
+"""So that a word of which the reference is sure can be divided out."""
 
 PRIOR = "mm.packing.weights.Prior"
 ARMS: dict[str, dict[str, Any]] = {
@@ -376,15 +381,35 @@ def _entering(sample: Sample, tokenizers: Mapping[Modality, MediaTokenizer]) -> 
 
 
 @torch.no_grad()
-def losses_of_words(model: MultimodalLM, processor: Processor, documents: Sequence[Document]) -> Iterator[np.ndarray]:
-    """(n,) nats of every word of a document that bears loss, document by document."""
-    for document in documents:
-        nll = model(processor.collate([[document]], [[(0, 0, 0)]])).nll.numpy()
-        yield nll[words_with_loss(document)[targets(document)]]
+def predictions(model: MultimodalLM, processor: Processor, document: Document) -> tuple[Tensor, Tensor]:
+    """(n, V) log-probabilities where the n words of a document that bear loss are predicted, and their (n,) ids."""
+    batch = processor.collate([[document]], [[(0, 0, 0)]])
+    predicting = (batch.labels != IGNORE).nonzero().squeeze(1)
+    words = predicting[torch.from_numpy(words_with_loss(document)[targets(document)])]
+    logits = model.hidden(batch)[words] @ model.decoder.head_weight[: model.ids].T
+    return logits.log_softmax(-1), batch.labels[words]
+
+
+def without_weights(logs: Tensor, reference: Tensor, factor: Reference) -> Tensor:
+    """(n, V) log-probabilities that are a weighted model's belief, its weights divided out.
+
+    Least weighted loss is at ``q ∝ p w`` and not at p, where a token's weight depends on which token it is: of a model
+    that learnt perfectly, ``p ∝ q / w``.
+
+    Args:
+        logs: (n, V) of the model.
+        reference: (n, V') of the reference at the same words; ids beyond V' are no words and weigh 1.
+    """
+    weights = torch.ones_like(logs)
+    known = factor.weight(reference.double().numpy())
+    weights[:, : known.shape[1]] = torch.from_numpy(known).clamp(min=LEAST_WEIGHT).float()[:, : logs.shape[1]]
+    return (logs - weights.log()).log_softmax(-1)
 
 
 def measure(name: str, folder: Path, most: int) -> None:
-    """The loss of every held-out token, and the accuracy on a suite of held-out drawings, of a run.
+    """What a run says of every held-out word, and its accuracy on a suite of held-out drawings.
+
+    Of every word its loss, whether it was the most probable one, and its loss with the run's weights divided out.
 
     Args:
         most: pictures of the suite.
@@ -396,11 +421,22 @@ def measure(name: str, folder: Path, most: int) -> None:
     trained = load_trained(folder / "runs" / name)
     index = train_index(folder, "heldout")
     tokenizers = build_tokenizers(trained.recipe.model)
-    documents = [trained.processor.document(_entering(index.sample(row), tokenizers)) for row in range(index.rows)]
-    nll = list(losses_of_words(trained.model, trained.processor, documents))
-    sizes = np.array([len(one) for one in nll])
-    np.savez(out / f"{name}.npz", nll=np.concatenate(nll), sizes=sizes)
-    found = {"held_out": round(float(np.concatenate(nll).mean()), 4)}
+    factor, reference = _factor(trained.recipe), load_trained(folder / "reference" / f"fold-0-of-{FOLDS}")
+    columns_of: dict[str, list[np.ndarray]] = {"nll": [], "right": [], "divided": []}
+    for sample in map(index.sample, range(index.rows)):
+        document = trained.processor.document(_entering(sample, tokenizers))
+        logs, ids = predictions(trained.model, trained.processor, document)
+        divided = logs
+        if factor is not None:
+            known, same = predictions(reference.model, reference.processor, reference.processor.document(sample))
+            assert torch.equal(ids, same)
+            divided = without_weights(logs, known, factor)
+        columns_of["nll"].append(-logs.gather(1, ids[:, None])[:, 0].numpy())
+        columns_of["right"].append((logs.argmax(1) == ids).numpy())
+        columns_of["divided"].append(-divided.gather(1, ids[:, None])[:, 0].numpy())
+    joined = {column: np.concatenate(parts) for column, parts in columns_of.items()}
+    np.savez(out / f"{name}.npz", sizes=np.array([len(one) for one in columns_of["nll"]]), **joined)
+    found = {"held_out": round(float(joined["nll"].mean()), 4)}
     if trained.model.encoders:
         records = list(captioned_pictures(Card.load(DEMO), "heldout"))[:most]
         titled = [replace(record, caption=f"{record.caption.capitalize()}.") for record in records]
@@ -411,6 +447,13 @@ def measure(name: str, folder: Path, most: int) -> None:
             summary = evaluate(suite, answerer, options, progress).summary
         found |= {key: round(summary[key], 4) for key in ("accuracy_likelihood", "shuffled_images", "chance")}
     (out / f"{name}.json").write_text(json.dumps(found))
+
+
+def _factor(recipe: Recipe) -> Reference | None:
+    """What gave the words their weights by what they are, if anything did."""
+    weights = recipe.data.sources["captions"].weights
+    built = configure.build(weights["arm"], Reference) if weights else None
+    return built if built is not None and built.column == REFERENCE else None
 
 
 # ----------------------------------------------------------------------------------------------------------- the sweep
@@ -453,18 +496,26 @@ def device_name() -> str:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Losses of the held-out tokens, caption after caption.
+    """What a run says of the held-out words, caption after caption.
 
-    nll: (n,) nats; caption: (n,) number of the caption of each
+    nll: (n,) nats
+    caption: (n,) number of the caption of each
+    right: (n,) 1 where the word was the most probable one, else 0; NaN where it was not measured
+    divided: (n,) nats with the run's weights divided out, likewise
     """
 
     nll: np.ndarray
     caption: np.ndarray
+    right: np.ndarray
+    divided: np.ndarray
 
     @classmethod
     def read(cls, folder: Path, job: Job) -> HeldOut:
         with np.load(folder / "measured" / f"{job.name}.npz") as file:
-            return cls(file["nll"], np.repeat(np.arange(len(file["sizes"])), file["sizes"]))
+            nll, sizes = file["nll"], file["sizes"]
+            unknown = np.full(len(nll), np.nan)
+            right, divided = (np.asarray(file.get(name, unknown), np.float64) for name in ("right", "divided"))
+            return cls(nll, np.repeat(np.arange(len(sizes)), sizes), right, divided)
 
 
 def image_related(folder: Path, rate: float) -> np.ndarray:
@@ -525,12 +576,14 @@ def table(folder: Path) -> None:
         shown.add_row(*cells)
     console = Console(width=150)
     console.print(
-        f"{setting}: {related.sum():,} of {len(related):,} held-out tokens are image-related; learning rate {rate:g}"
+        f"{setting}: {related.sum():,} of {len(related):,} held-out words are image-related; learning rate {rate:g}"
     )
     console.print(shown)
     for one in results_of(folder):
-        if one["arm"] == "reference":
-            training = statistics.mean(r["cpu_seconds"] for r in results if r["arm"] == "PRIOR 1")
+        if one["arm"] == "reference" and any(r["device"] == "CPU" for r in results if r["arm"] == "PRIOR 1"):
+            training = statistics.mean(
+                r["cpu_seconds"] for r in results if r["arm"] == "PRIOR 1" and r["device"] == "CPU"
+            )
             console.print(f"reference: {one['cpu_seconds']} CPU s, {one['cpu_seconds'] / training:.0%} of a run's")
 
 

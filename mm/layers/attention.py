@@ -216,12 +216,6 @@ def _compiled_flex() -> Callable[..., object]:
     return torch.compile(flex_attention)
 
 
-@cache
-def _compiled_block_mask() -> Callable[..., BlockMask]:
-    """Without compilation every pair of tokens would be a byte in memory."""
-    return torch.compile(create_block_mask)
-
-
 def _flex_mask(layout: Layout) -> BlockMask:
     documents = layout.document_of_token
     branches, spans = _marks(layout)
@@ -232,15 +226,14 @@ def _flex_mask(layout: Layout) -> BlockMask:
         own_span = (spans[key] == spans[query]) & (spans[key] > 0)
         return together & ((own_or_trunk & (key <= query)) | own_span)
 
-    create = _compiled_block_mask() if layout.device.type == "cuda" else create_block_mask
-    return create(visible, None, None, layout.tokens, layout.tokens, device=layout.device)
+    return create_block_mask(visible, None, None, layout.tokens, layout.tokens, device=layout.device)
 
 
 BACKENDS: dict[str, Backend] = {
     "varlen": Backend(_varlen, devices=("cuda",), dtypes=HALF),
     "buckets": Backend(_buckets),
-    "flex": Backend(_flex, masks=True, devices=("cuda",), dtypes=(*HALF, torch.float32), depth=16),
     "masked": Backend(_masked, masks=True),
+    "flex": Backend(_flex, masks=True, devices=("cuda",), dtypes=(*HALF, torch.float32), depth=16),
     "documents": Backend(_documents),
 }
 """Backends by name, the first that takes the inputs is the default."""
