@@ -95,6 +95,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "judge without picture": {"blind": True},
 }
 JUDGE_ARMS = ("NTP", "judge without picture")
+MAIN = ("NTP", "PRIOR 0.5", "PRIOR 1", "PRIOR 2")
 
 
 @dataclass(frozen=True)
@@ -460,14 +461,15 @@ def _factor(recipe: Recipe) -> Reference | None:
 
 
 def jobs(setting: str, results: Sequence[Mapping[str, Any]]) -> Iterator[Job]:
-    """The runs that are wanted: plain ones at every rate, then judges and all arms at the best of them."""
+    """The runs that are wanted: plain ones at every rate, then judges, main arms and controls at the best of them."""
     yield from (Job(setting, "NTP", rate, SEEDS[0]) for rate in RATES[setting])
     rate = best_rate(setting, results)
     if rate is None:
         return
     yield from (Job(setting, arm, rate, seed) for seed in JUDGES for arm in JUDGE_ARMS)
-    for seed in SEEDS:
-        yield from (Job(setting, arm, rate, seed) for arm in ARMS if arm not in JUDGE_ARMS[1:])
+    controls = [arm for arm in ARMS if arm not in (*MAIN, *JUDGE_ARMS)]
+    for arms in (MAIN, controls):
+        yield from (Job(setting, arm, rate, seed) for seed in SEEDS for arm in arms)
 
 
 def best_rate(setting: str, results: Sequence[Mapping[str, Any]]) -> float | None:
