@@ -78,6 +78,8 @@ def test_a_picture_is_described(run: Path, tmp_path: Path) -> None:
     [
         ([], "give --prompt, --image or both; or --pictures"),
         (["--image", "a.png", "--pictures", "2"], "drawn from words alone"),
+        (["--prompt", "a", "--device", "cuda"], "--device cuda cannot be used here"),
+        (["--prompt", "a", "--device", "gpu"], "--device gpu cannot be used here"),
     ],
 )
 def test_what_cannot_be_asked_for_is_said(run: Path, options: list[str], said: str) -> None:

@@ -203,6 +203,12 @@ def test_auto_precision_is_what_the_processor_multiplies_natively(runs: Runs, tm
 # --------------------------------------------------------------------------------------------- freezing, init_from
 
 
+def test_a_deterministic_run_is_the_same_run_on_a_cpu(runs: Runs, tmp_path: Path) -> None:
+    run = train_here(runs.recipe, f"run={tmp_path}", "steps=8", "deterministic=true")
+    assert losses(run) == losses(runs.whole)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 def test_frozen_parameters_keep_every_bit_and_all_others_move(recipe: Path, tmp_path: Path) -> None:
     before = tmp_path / "before"
     train_here(recipe, f"run={before}", "steps=1", "optim.lr=0.0")
