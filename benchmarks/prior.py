@@ -35,9 +35,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.sweeps import TIMED, cpu_seconds, read_results, slug, sweep, write_result
@@ -520,15 +518,6 @@ class HeldOut:
             return cls(nll, np.repeat(np.arange(len(sizes)), sizes), right, divided)
 
 
-def image_related(folder: Path, rate: float) -> np.ndarray:
-    """(n,) bool: the held-out tokens on which pictures save the judges `DROP` nats or more, mean over their seeds."""
-    seeing, blind = (
-        np.mean([HeldOut.read(folder, Job(setting_of(folder), arm, rate, seed)).nll for seed in JUDGES], axis=0)
-        for arm in JUDGE_ARMS
-    )
-    return blind - seeing >= DROP
-
-
 def interval(differences: np.ndarray, caption: np.ndarray, resamples: int = 2000) -> tuple[float, float]:
     """95 % interval of a mean over tokens, by a bootstrap over captions.
 
@@ -542,51 +531,100 @@ def interval(differences: np.ndarray, caption: np.ndarray, resamples: int = 2000
     return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
 
 
-def table(folder: Path) -> None:
-    """Prints the held-out losses of every arm, and what they differ from plain ones of the same seeds."""
-    results, setting = [one for one in results_of(folder) if one["arm"] != "reference"], setting_of(folder)
-    rate = best_rate(setting, results)
-    if rate is None:
-        raise SystemExit("the runs that choose the learning rate are missing; go on with `sweep`")
-    related = image_related(folder, rate)
-    done = {Job.of(one): one for one in results}
+HEADER = (
+    "arm",
+    "seeds",
+    "image-related, nats",
+    "− plain (95 %; seeds)",
+    "other, nats",
+    "− plain (95 %; seeds)",
+    "image-related, weights divided out",
+    "image-related, most probable",
+    "suite",
+)
 
-    def of(arm: str) -> dict[int, HeldOut]:
-        named = {seed: Job(setting, arm, rate, seed) for seed in SEEDS}
-        return {seed: HeldOut.read(folder, job) for seed, job in named.items() if job in done}
 
-    plain = of("NTP")
-    shown = Table("arm", "seeds", "image-related", "− NTP (95 %)", "other", "− NTP (95 %)", "suite", "CPU s")
-    for arm in ARMS:
-        losses = of(arm)
-        seeds = [seed for seed in plain if seed in losses]
-        if not seeds or arm in JUDGE_ARMS[1:]:
-            continue
-        cells = [arm, str(len(seeds))]
-        for mask in (related, ~related):
-            means = [float(losses[seed].nll[mask].mean()) for seed in seeds]
-            difference = np.mean([losses[seed].nll - plain[seed].nll for seed in seeds], axis=0)[mask]
-            low, high = interval(difference, losses[seeds[0]].caption[mask])
-            spread = f" ±{statistics.stdev(means):.3f}" if len(means) > 1 else ""
-            cells += [f"{statistics.mean(means):.3f}{spread}", f"{difference.mean():+.3f} ({low:+.3f} to {high:+.3f})"]
-        found = [done[Job(setting, arm, rate, seed)] for seed in seeds]
-        right = [one["accuracy_likelihood"] for one in found if "accuracy_likelihood" in one]
-        cells += [
-            f"{statistics.mean(right):.1%}" if right else "",
-            f"{statistics.mean(one['cpu_seconds'] for one in found):.0f}",
+class Comparison:
+    """What came out in one setting, against plain training of the same seeds."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.setting = folder, setting_of(folder)
+        self.results = [one for one in results_of(folder) if one["arm"] != "reference"]
+        rate = best_rate(self.setting, self.results)
+        if rate is None:
+            raise SystemExit("the runs that choose the learning rate are missing; go on with `sweep`")
+        self.rate = rate
+        self.done = {Job.of(one): one for one in self.results}
+        self.plain = self.of("NTP")
+        blind, seeing = (
+            [HeldOut.read(folder, self.job(arm, seed)).nll for seed in JUDGES] for arm in reversed(JUDGE_ARMS)
+        )
+        self.blind = blind
+        self.saved = [without - having for without, having in zip(blind, seeing, strict=True)]
+        self.related = np.mean(self.saved, axis=0) >= DROP
+
+    def job(self, arm: str, seed: int) -> Job:
+        return Job(self.setting, arm, self.rate, seed)
+
+    def of(self, arm: str) -> dict[int, HeldOut]:
+        """By seed, where a run is done."""
+        jobs = {seed: self.job(arm, seed) for seed in SEEDS}
+        return {seed: HeldOut.read(self.folder, job) for seed, job in jobs.items() if job in self.done}
+
+    def saving(self) -> tuple[float, float]:
+        """Nats that pictures save plain models on the words that *one* judge calls image-related, and on the others.
+
+        Against the other judge without pictures, so that nothing is counted with the luck that it was chosen by.
+        """
+        plain = np.mean([one.nll for one in self.plain.values()], axis=0)
+        found = [
+            [float((other - plain)[mask].mean()) for mask in (saved >= DROP, saved < DROP)]
+            for saved, other in zip(self.saved, reversed(self.blind), strict=True)
         ]
-        shown.add_row(*cells)
-    console = Console(width=150)
-    console.print(
-        f"{setting}: {related.sum():,} of {len(related):,} held-out words are image-related; learning rate {rate:g}"
+        there, elsewhere = np.mean(found, axis=0)
+        return float(there), float(elsewhere)
+
+    def row(self, arm: str) -> list[str] | None:
+        """Cells as in `HEADER`; None before a run is done."""
+        losses = self.of(arm)
+        seeds = [seed for seed in self.plain if seed in losses]
+        if not seeds:
+            return None
+        cells = [arm, str(len(seeds))]
+        for mask in (self.related, ~self.related):
+            means = [float(losses[seed].nll[mask].mean()) for seed in seeds]
+            differences = [(losses[seed].nll - self.plain[seed].nll)[mask] for seed in seeds]
+            low, high = interval(np.mean(differences, axis=0), losses[seeds[0]].caption[mask])
+            of_seeds = [float(one.mean()) for one in differences]
+            change = f"{statistics.mean(of_seeds):+.3f} ({low:+.3f} to {high:+.3f}"
+            change += f"; {min(of_seeds):+.3f} to {max(of_seeds):+.3f})" if len(seeds) > 1 else ")"
+            cells += [f"{statistics.mean(means):.3f}", "" if arm == "NTP" else change]
+        for column, form in (("divided", ".3f"), ("right", ".1%")):
+            values = [getattr(losses[seed], column)[self.related].mean() for seed in seeds]
+            known = [value for value in values if not np.isnan(value)]
+            cells.append(format(statistics.mean(known), form) if known else "")
+        found = [self.done[self.job(arm, seed)] for seed in seeds]
+        right = [one["accuracy_likelihood"] for one in found if "accuracy_likelihood" in one]
+        return [*cells, f"{statistics.mean(right):.1%}" if right else ""]
+
+
+def table(folder: Path) -> None:
+    """Prints what came out as Markdown."""
+    found = Comparison(folder)
+    related, (there, elsewhere) = found.related, found.saving()
+    print(
+        f"{found.setting}, learning rate {found.rate:g}: {related.sum():,} of {len(related):,} held-out words are "
+        f"image-related. Pictures save {there:.3f} nats on such words and {elsewhere:.3f} on others, by other seeds\n"
     )
-    console.print(shown)
+    print(f"| {' | '.join(HEADER)} |\n|{'---|' * len(HEADER)}")
+    for arm in ARMS:
+        if arm != JUDGE_ARMS[1] and (cells := found.row(arm)):
+            print(f"| {' | '.join(cells)} |")
+    on_cpu = [one["cpu_seconds"] for one in found.results if one["arm"] == "PRIOR 1" and one["device"] == "CPU"]
     for one in results_of(folder):
-        if one["arm"] == "reference" and any(r["device"] == "CPU" for r in results if r["arm"] == "PRIOR 1"):
-            training = statistics.mean(
-                r["cpu_seconds"] for r in results if r["arm"] == "PRIOR 1" and r["device"] == "CPU"
-            )
-            console.print(f"reference: {one['cpu_seconds']} CPU s, {one['cpu_seconds'] / training:.0%} of a run's")
+        if one["arm"] == "reference" and on_cpu:
+            share = one["cpu_seconds"] / statistics.mean(on_cpu)
+            print(f"\nReference in {FOLDS} folds: {one['cpu_seconds']} CPU s, {share:.0%} of a run's")
 
 
 def main() -> None:
