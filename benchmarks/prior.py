@@ -401,7 +401,7 @@ def without_weights(logs: Tensor, reference: Tensor, factor: Reference) -> Tenso
     """
     weights = torch.ones_like(logs)
     known = factor.weight(reference.double().numpy())
-    weights[:, : known.shape[1]] = torch.from_numpy(known).clamp(min=LEAST_WEIGHT).float()[:, : logs.shape[1]]
+    weights[:, : known.shape[1]] = torch.from_numpy(known).clamp(min=LEAST_WEIGHT).to(logs.dtype)[:, : logs.shape[1]]
     return (logs - weights.log()).log_softmax(-1)
 
 
