@@ -30,7 +30,7 @@ from mm.layers.head_loss import KERNELS, Backend, HeadLoss, UnusableBackend
 
 def plain(hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, chunk: int | None) -> Tensor:
     """What one would write: all logits at once, differentiated by autograd."""
-    return torch.dot(F.cross_entropy(F.linear(hidden, weight), labels, reduction="none").float(), weights)
+    return torch.dot(F.cross_entropy(F.linear(hidden, weight).float(), labels, reduction="none"), weights)
 
 
 def chunked(hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, chunk: int | None) -> Tensor:

@@ -64,8 +64,10 @@ DEMO = Path("data_cards/demo/card.yaml")
 WORDNET = PurePosixPath("usr/share/wordnet")
 
 STEPS, REFERENCE_STEPS, FOLDS = 300, 160, 4
-RATES = {"adapter": (1e-3, 3e-3, 9e-3), "fusion": (1e-3, 3e-3, 9e-3)}
+RATES = (1e-3, 3e-3, 9e-3)
 SCENES = 8000
+WORDS = {"adapter": 2048, "fusion": 512}
+"""Ids of the BPE."""
 SEEDS = (0, 1, 2)
 JUDGES = (100, 101)
 """Seeds of the judges."""
@@ -86,7 +88,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "shuffled over all": {"weights": {"_target_": PRIOR, "column": "shuffled"}},
     "shuffled within": {"weights": {"_target_": PRIOR, "column": "shuffled_within"}},
     "inverted": {"weights": {"_target_": "benchmarks.prior.Inverted"}},
-    "focal": {"objective": "benchmarks.prior.Focal"},
+    "focal": {"objective": {"_target_": "benchmarks.prior.Focal"}},
     # AdamW does not see the size of gradients, but clipping does: here every step of both is clipped to one norm.
     "NTP, one norm": {"clip": 0.01},
     "PRIOR 1, one norm": {"weights": {"_target_": PRIOR, "alpha": 1.0}, "clip": 0.01},
@@ -106,20 +108,27 @@ class Inverted(Reference):
 
 @dataclass(frozen=True)
 class Focal(NextToken):
-    """A control without reference: ``w = 1 − p`` of the model itself (Lin et al. 2017, γ = 1), per caption as PRIOR."""
+    """A control without reference: ``w = 1 − p`` of the model itself (Lin et al. 2017, γ = 1), per caption as PRIOR.
+
+    words: ids from this one on are no words, and weigh 1
+    """
+
+    words: int = WORDS["adapter"]
 
     def loss(
         self, model: nn.Module, batch: Batch, denominators: Mapping[str, float], sources: Sequence[str]
     ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
         with torch.no_grad():
             predicted: Any = model(batch, self.head_loss)
-        labelled = (batch.labels != IGNORE).nonzero().squeeze(1)
+        labels = batch.labels[batch.labels != IGNORE]  # in the order of the losses
+        is_word = labels < self.words
+        labelled = (batch.labels != IGNORE).nonzero().squeeze(1)[is_word]
         document = batch.document_of_token().to(labelled.device)[labelled]
-        raw = -torch.expm1(-predicted.nll.double())
+        raw = -torch.expm1(-predicted.nll[is_word].double())
         sums = torch.zeros(len(batch.rows), 2, dtype=torch.float64, device=raw.device)
         sums.index_add_(0, document, torch.stack([raw, torch.ones_like(raw)], 1))
         factors = raw * (sums[:, 1] / sums[:, 0].clamp(min=1e-12))[document]
-        weights = torch.zeros_like(batch.weights).index_copy(0, labelled, factors.to(batch.weights.dtype))
+        weights = batch.weights.index_copy(0, labelled, factors.to(batch.weights.dtype))
         return super().loss(model, replace(batch, weights=weights), denominators, sources)
 
 
@@ -220,7 +229,7 @@ def prepare(folder: Path, wordnet: Path | None, tokenizer: Path | None) -> None:
         captions.mkdir(exist_ok=True)
         write_captions(captions, glosses(wordnet))
     if not (folder / "bpe").exists():
-        size = 2048 if tokenizer is None else 512
+        size = WORDS[setting_of(folder)]
         command("data", "bpe", card, "--size", str(size), "--out", str(folder / "bpe"))
     if tokenizer is not None:
         preset = str(folder / "tokenizer.yaml")
@@ -332,13 +341,15 @@ def recipe(job: Job, folder: Path) -> dict[str, Any]:
     made = base_recipe(folder, job.name, job.steps) | {
         "run": str(folder / "runs" / job.name),
         "seed": job.seed,
-        "objective": {"_target_": arm.get("objective", "mm.objectives.next_token.NextToken")},
+        "objective": arm.get("objective", {"_target_": "mm.objectives.next_token.NextToken"}),
         "data": {
             "sources": {"captions": {"card": str(card_of(folder)), "weights": weights}},
             "index": str(folder / "index"),
             "workers": 0,
         },
     }
+    if job.arm == "focal":
+        made["objective"] = made["objective"] | {"words": WORDS[job.setting]}
     made["optim"] = {"lr": job.rate, "weight_decay": 0.1, "clip": arm.get("clip", 1.0)}
     if arm.get("blind"):
         made["model"] = {"decoder": {"config": DECODER}}
@@ -385,7 +396,7 @@ def predictions(model: MultimodalLM, processor: Processor, document: Document) -
     batch = processor.collate([[document]], [[(0, 0, 0)]])
     predicting = (batch.labels != IGNORE).nonzero().squeeze(1)
     words = predicting[torch.from_numpy(words_with_loss(document)[targets(document)])]
-    logits = model.hidden(batch)[words] @ model.decoder.head_weight[: model.ids].T
+    logits = model.hidden(batch)[words] @ model.decoder.head_weight.T
     return logits.log_softmax(-1), batch.labels[words]
 
 
@@ -393,15 +404,15 @@ def without_weights(logs: Tensor, reference: Tensor, factor: Reference) -> Tenso
     """(n, V) log-probabilities that are a weighted model's belief, its weights divided out.
 
     Least weighted loss is at ``q ∝ p w`` and not at p, where a token's weight depends on which token it is: of a model
-    that learnt perfectly, ``p ∝ q / w``.
+    that learnt perfectly, ``p ∝ q / w``. What a caption's weights were divided by is taken for a constant.
 
     Args:
         logs: (n, V) of the model.
-        reference: (n, V') of the reference at the same words; ids beyond V' are no words and weigh 1.
+        reference: (n, V') of a reference at the same words; ids beyond V' are no words and weigh 1.
     """
     weights = torch.ones_like(logs)
     known = factor.weight(reference.double().numpy())
-    weights[:, : known.shape[1]] = torch.from_numpy(known).clamp(min=LEAST_WEIGHT).to(logs.dtype)[:, : logs.shape[1]]
+    weights[:, : known.shape[1]] = torch.from_numpy(known).clamp(min=LEAST_WEIGHT).to(logs.dtype)
     return (logs - weights.log()).log_softmax(-1)
 
 
@@ -429,11 +440,13 @@ def measure(name: str, folder: Path, most: int) -> None:
         if factor is not None:
             known, same = predictions(reference.model, reference.processor, reference.processor.document(sample))
             assert torch.equal(ids, same)
-            divided = without_weights(logs, known, factor)
+            divided = without_weights(logs, known[:, : WORDS[setting_of(folder)]], factor)
         columns_of["nll"].append(-logs.gather(1, ids[:, None])[:, 0].numpy())
         columns_of["right"].append((logs.argmax(1) == ids).numpy())
         columns_of["divided"].append(-divided.gather(1, ids[:, None])[:, 0].numpy())
     joined = {column: np.concatenate(parts) for column, parts in columns_of.items()}
+    if trained.recipe.objective["_target_"].endswith("Focal"):
+        joined.pop("divided")  # its weights were of the model as it was on the way
     np.savez(out / f"{name}.npz", sizes=np.array([len(one) for one in columns_of["nll"]]), **joined)
     found = {"held_out": round(float(joined["nll"].mean()), 4)}
     if trained.model.encoders:
@@ -460,8 +473,8 @@ def _factor(recipe: Recipe) -> Reference | None:
 
 def jobs(setting: str, results: Sequence[Mapping[str, Any]]) -> Iterator[Job]:
     """The runs that are wanted: plain ones at every rate, then judges, main arms and controls at the best of them."""
-    yield from (Job(setting, "NTP", rate, SEEDS[0]) for rate in RATES[setting])
-    rate = best_rate(setting, results)
+    yield from (Job(setting, "NTP", rate, SEEDS[0]) for rate in RATES)
+    rate = best_rate(results)
     if rate is None:
         return
     yield from (Job(setting, arm, rate, seed) for seed in JUDGES for arm in JUDGE_ARMS)
@@ -470,10 +483,10 @@ def jobs(setting: str, results: Sequence[Mapping[str, Any]]) -> Iterator[Job]:
         yield from (Job(setting, arm, rate, seed) for seed in SEEDS for arm in arms)
 
 
-def best_rate(setting: str, results: Sequence[Mapping[str, Any]]) -> float | None:
+def best_rate(results: Sequence[Mapping[str, Any]]) -> float | None:
     """The rate at which plain training ends best; None before all were tried."""
     tried = {one["rate"]: one["held_out"] for one in results if one["arm"] == "NTP" and one["seed"] == SEEDS[0]}
-    return min(tried, key=lambda rate: tried[rate]) if set(RATES[setting]) <= tried.keys() else None
+    return min(tried, key=lambda rate: tried[rate]) if set(RATES) <= tried.keys() else None
 
 
 def results_of(folder: Path) -> list[dict[str, Any]]:
@@ -550,11 +563,12 @@ class Comparison:
     def __init__(self, folder: Path) -> None:
         self.folder, self.setting = folder, setting_of(folder)
         self.results = [one for one in results_of(folder) if one["arm"] != "reference"]
-        rate = best_rate(self.setting, self.results)
-        if rate is None:
-            raise SystemExit("the runs that choose the learning rate are missing; go on with `sweep`")
-        self.rate = rate
         self.done = {Job.of(one): one for one in self.results}
+        rate = best_rate(self.results)
+        judges = [Job(self.setting, arm, rate or 0.0, seed) for arm in JUDGE_ARMS for seed in JUDGES]
+        if rate is None or not set(judges) <= self.done.keys():
+            raise SystemExit("the runs that choose the learning rate, or the judges, are missing; go on with `sweep`")
+        self.rate = rate
         self.plain = self.of("NTP")
         blind, seeing = (
             [HeldOut.read(folder, self.job(arm, seed)).nll for seed in JUDGES] for arm in reversed(JUDGE_ARMS)

@@ -123,12 +123,17 @@ Device = Annotated[str, typer.Option(help="where to compute: cpu or cuda; auto t
 
 
 def device_named(name: str) -> str:
+    """The device of ``--device``, which works.
+
+    Raises:
+        RecipeError: it does not.
+    """
     import torch
 
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.zeros(1, device=name)
+        torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise RecipeError(f"--device {name} cannot be used here ({reason}); say cpu, or leave it out") from None

@@ -50,6 +50,7 @@ class ModelAnswerer:
         for modality in processor.spellings.keys() - tokenizers.keys():
             raise RecipeError(f"the model reads {modality.label} as codes; give the tokenizer that makes them")
         self.model = model.to(device).eval()
+        self.model.decoder.attention_backend = "auto"  # the recipe's is for the device and dtype of training
         self.processor = processor
         self.tokenizers = {modality: tokenizer.to(device).eval() for modality, tokenizer in tokenizers.items()}
         self.device = torch.device(device)

@@ -19,7 +19,7 @@ from torch._C._autograd import _get_current_graph_task_keep_graph as graph_is_ke
 CHUNK_ON_CPU, CHUNK = 384, 1024
 """Tokens in a chunk by default. A chunk reads the head twice and adds to its gradient once, so the work per byte grows
 with the chunk, whatever the vocabulary. From 384 on a CPU gains little (benchmarks/cross_entropy.py); for GPUs 1024 is
-computed and not measured: some 300 FLOPs per byte in bf16, where an H100 turns from memory-bound to compute-bound."""
+computed: some 300 FLOPs per byte in bf16, where an H100 turns from memory-bound to compute-bound."""
 
 
 class Losses(NamedTuple):

@@ -330,7 +330,7 @@ class ExpertGroup(nn.Module):
         """(m, D) outputs for (m, D) tokens, each of the expert in (m,), which ascend."""
         counts = expert.bincount(minlength=self.experts)
         gate, up, down = (module.weight.unflatten(0, (self.experts, -1)) for module in (self.gate, self.up, self.down))
-        if inputs.is_cuda and inputs.dtype == torch.bfloat16:
+        if inputs.is_cuda and inputs.dtype == torch.bfloat16 and len(inputs):
             ends = counts.cumsum(0).int()
             inner = F.silu(F.grouped_mm(inputs, gate.mT, offs=ends)) * F.grouped_mm(inputs, up.mT, offs=ends)
             return F.grouped_mm(inner, down.mT, offs=ends)

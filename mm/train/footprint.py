@@ -157,6 +157,7 @@ def shard(model: MultimodalLM, recipe: Recipe, world: World, fake: FakeTensorMod
     dtype = compute_dtype(recipe.precision)
     with fake:
         model.to_empty(device=world.device)
+    model.decoder.attention_backend = "auto"  # a GPU's would refuse the CPU of this imaginary world
     parallelise(model, world, dtype, replace(recipe.parallel, offload=False, compile=False))
     optimizer = build_optimizer(model, recipe.optim, dtype)
     with fake:

@@ -82,7 +82,11 @@ def held_bytes_of(model: nn.Module, options: OptimOptions) -> int:
 
 
 def local_device() -> torch.device:
-    """The GPU of this process, its LOCAL_RANK-th, or the CPU where there is none."""
+    """The GPU of this process, its LOCAL_RANK-th, which becomes torch's current one; or the CPU where there is none.
+
+    Raises:
+        RecipeError: there are more processes than GPUs.
+    """
     if not torch.cuda.is_available():
         return torch.device("cpu")
     number, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()

@@ -203,18 +203,19 @@ def join_world(timeout: timedelta = timedelta(minutes=30)) -> Iterator[World]:
 def reproducible(wanted: bool) -> Iterator[None]:
     """Where wanted, an operation of which no kernel sums in one order is an error that names it.
 
-    cuBLAS asks for the variable before its first product. https://docs.pytorch.org/docs/stable/notes/randomness.html
+    cuBLAS reads the variable at the first product of the process; one that has multiplied on a GPU before has to have
+    begun with it. https://docs.pytorch.org/docs/stable/notes/randomness.html
     """
     if not wanted:
         yield
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before = torch.are_deterministic_algorithms_enabled()
+    before, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before, warn_only=warns)
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype:

@@ -113,9 +113,10 @@ def summary(profiler: profile, device: torch.device) -> str:
 
 
 def _shares(events: Sequence[Any], device: torch.device) -> Iterator[str]:
-    steps = [_interval(event) for event in events if event.name.startswith("ProfilerStep")]
+    on_host = [event for event in events if event.device_type == DeviceType.CPU]  # GPUs repeat annotations
+    steps = [_interval(event) for event in on_host if event.name.startswith("ProfilerStep")]
     spent = length(steps)
-    data = length(_interval(event) for event in events if event.is_user_annotation and event.name == "data")
+    data = length(_interval(event) for event in on_host if event.is_user_annotation and event.name == "data")
     yield f"{spent / 1e6:.3f} s in {len(steps)} steps"
     yield f"{data / spent:6.1%}  waiting for data"
     collectives, computation = (_on_gpu if device.type == "cuda" else _on_cpu)(events)

@@ -93,7 +93,7 @@ class Recipe:
     warm_start: where linear adapters start, see `mm.train.warm_start`
     precision: `auto` computes in bf16 where the device does so natively
     deterministic: only kernels that sum in one order, so that a GPU gives the same bits again, after a resume too; an
-        operation that has none stops the run. CPUs do so anyway
+        operation that has none stops the run. One process on a CPU does so anyway
     log_to: where figures go, beside the terminal and ``metrics.jsonl``; see docs/meters.md
     validate_every, save_every: steps; 0 means only at the end
     save_async: write checkpoints while training goes on, from a copy in memory; else training waits for each
