@@ -168,6 +168,11 @@ def test_offloaded_weights_gradients_and_optimizer_state_are_in_the_hosts_memory
     assert there["gathered weights"] == here["gathered weights"]
 
 
+def test_attention_that_only_gpus_compute_is_estimated_all_the_same(recipe: Path) -> None:
+    chosen = [footprint(Recipe.load(recipe, [*BASIS, *change]), 1) for change in ([], ["model.decoder.attention=flex"])]
+    assert chosen[0] == chosen[1]
+
+
 def test_copies_of_the_model_that_the_gpus_do_not_divide_into_are_named(recipe: Path) -> None:
     with pytest.raises(RecipeError, match=r"parallel\.replicate is 3, and 4 processes do not divide"):
         footprint(Recipe.load(recipe, ["parallel.replicate=3"]), 4)
