@@ -95,6 +95,15 @@ def test_a_share_of_an_epoch_that_holds_no_row_is_refused(tmp_path: Path) -> Non
         Case([rows], PackingOptions(capacity=4), [0.5], 0).plan(tmp_path)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_one_usable_row_of_many_is_seen_in_every_epoch_wherever_its_shard_comes(tmp_path: Path, seed: int) -> None:
+    tokens = np.full((9, 1), 99, np.int32)
+    tokens[4] = 1
+    rows = Rows(np.array([3, 3, 3]), tokens, np.zeros((9, 3), np.int32))
+    plan = Case([rows], PackingOptions(capacity=4, batch=1, window=1, shuffle_shards=1), [6.0], seed).plan(tmp_path)
+    assert sum(1 for pack in range(plan.total_packs() or 0) for _ in plan.pack(pack).samples()) == 6
+
+
 @given(case=cases())
 @settings(max_examples=120, deadline=None)
 def test_every_usable_row_is_seen_as_often_as_asked_and_every_other_is_counted(tmp_path_factory, case):

@@ -262,7 +262,7 @@ class Stream:
             cursor = self._after(block, cursor.row + stop)
             if len(taken):
                 fruitful = cursor
-            elif cursor[:2] > (fruitful.epoch + 1, fruitful.shard):
+            elif cursor.epoch > fruitful.epoch + 1:  # epochs have orders of their own: nothing less is all rows
                 raise ValueError(f"source {self.source.name}: a whole epoch has no row that can be used")
         return Taken(np.concatenate(pieces), got, cursor, dropped)
 
