@@ -61,7 +61,7 @@ ARMS: dict[str, dict[str, Any]] = {
 UPCYCLED = "4t4i from 1t1i"
 """Begins with one expert a modality for a quarter of its steps."""
 
-MAIN = ("dense", "1t1i", "4t4i", "8 mixed", "4t4i, by share")
+MAIN = ("dense", "1t1i", "4t4i", "8 mixed", "4t4i, depth", "4t4i, by share")
 """Arms with three seeds."""
 
 LENGTHS = {"dense": (60, 120, 480, 720), "1t1i": (120, 480), "4t4i": (120, 480)}
