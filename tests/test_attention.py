@@ -268,7 +268,7 @@ def test_rms_norm_is_that_of_torch(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU, and pytest -m gpu")
 @pytest.mark.parametrize("backend", list(BACKENDS))
 def test_every_backend_agrees_on_cuda(backend: str) -> None:
     layout = Layout.of(LENGTHS, "cuda")

@@ -76,7 +76,7 @@ def test_kernels_for_gpus_are_refused_on_a_cpu(backend) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU, and pytest -m gpu")
 @pytest.mark.parametrize("backend", list(KERNELS))
 def test_an_installed_kernel_agrees_on_cuda(backend) -> None:
     pytest.importorskip({"liger": "liger_kernel", "cut-cross-entropy": "cut_cross_entropy"}[backend])

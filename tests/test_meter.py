@@ -121,7 +121,7 @@ def test_time_counts_phases_and_the_rest_but_not_what_is_paused():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU, and pytest -m gpu")
 def test_kernels_count_for_the_phase_that_launched_them_and_not_for_what_waits_for_them():
     m = meter(clock=clock_of(torch.device("cuda")))
     left, right = torch.ones(2, 8192, 8192, device="cuda").unbind()

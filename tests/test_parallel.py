@@ -235,7 +235,6 @@ def test_groups_that_do_not_divide_the_processes_are_refused_with_those_that_do(
         train_here(recipe, f"run={tmp_path}", "parallel.replicate=3")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU it is no mistake")
 def test_offloading_without_a_gpu_is_refused(recipe: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"parallel\.offload .* there is no GPU here"):
         train_here(recipe, f"run={tmp_path}", "parallel.offload=true")
