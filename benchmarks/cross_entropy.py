@@ -1,8 +1,8 @@
 """Time and memory of the chunked head against ``F.cross_entropy(F.linear(hidden, weight), labels)``.
 
 On a GPU also the kernels of `mm.layers.head_loss`, those that are installed and agree with the reference; others are
-left out with a sentence. Every measurement is a process of its own, so that its high-water mark is its own; the
-variants take turns, so that a busy machine slows all. Extra memory is what the loss and its gradients add to the
+left out with a sentence. On a CPU every measurement is a process of its own, so that its high-water mark is its own.
+The variants take turns, so that a busy machine slows all. Extra memory is what the loss and its gradients add to the
 inputs.
 
     python -m benchmarks.cross_entropy --vocabulary 50000 150000
@@ -109,9 +109,12 @@ def resident() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-def measure_in_a_new_process(variant: str, vocabulary: int, arguments: list[str]) -> dict[str, float]:
-    command = [sys.executable, "-m", "benchmarks.cross_entropy", *arguments]
-    command += ["--vocabulary", str(vocabulary), "--measure", variant]
+def measure_by_itself(variant: str, vocabulary: int, arguments: list[str]) -> dict[str, float]:
+    """In a new process on a CPU; on a GPU here, where torch keeps its memory's account."""
+    alone = [*arguments, "--vocabulary", str(vocabulary), "--measure", variant]
+    if parse(alone).device == "cuda":
+        return measure(parse(alone))
+    command = [sys.executable, "-m", "benchmarks.cross_entropy", *alone]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
@@ -139,7 +142,7 @@ def main(arguments: list[str]) -> None:
         runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
         for repeat in range(options.repeats):
             for name in sorted(names, reverse=repeat % 2 == 1):
-                runs[name].append(measure_in_a_new_process(name, vocabulary, arguments))
+                runs[name].append(measure_by_itself(name, vocabulary, arguments))
         print(f"T = {options.tokens}, V = {vocabulary}, D = {options.width}, {options.dtype} on {options.device}")
         for name, measured in runs.items():
             milliseconds = [1e3 * run["seconds"] for run in measured]

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from mm.cli import app
 from mm.evaluate.answerer import Prompt, ScoredQuestion
 from mm.evaluate.model import ModelAnswerer
+from mm.layers import cross_entropy
 from mm.layers.attention import BACKENDS
 from mm.layers.cross_entropy import linear_cross_entropy
 from mm.layers.layout import Layout
@@ -274,11 +275,12 @@ def test_attention_inside_media_has_the_gradients_of_the_reference(backend: str)
         assert error(one, other) < 0.02
 
 
+@pytest.mark.parametrize("vocabulary", [1000, 9001])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_the_chunked_loss_in_bf16_has_the_gradients_of_the_reference(smoothing: float) -> None:
+def test_the_chunked_loss_in_bf16_has_the_gradients_of_the_reference(smoothing: float, vocabulary: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    hidden, weight = torch.randn(500, 64, generator=generator), torch.randn(1000, 64, generator=generator) / 8
-    labels, weights = torch.randint(1000, (500,), generator=generator), torch.rand(500, generator=generator)
+    hidden, weight = torch.randn(500, 64, generator=generator), torch.randn(vocabulary, 64, generator=generator) / 8
+    labels, weights = torch.randint(vocabulary, (500,), generator=generator), torch.rand(500, generator=generator)
 
     def compute(hidden: Tensor, weight: Tensor) -> Tensor:
         device = hidden.device
@@ -289,3 +291,25 @@ def test_the_chunked_loss_in_bf16_has_the_gradients_of_the_reference(smoothing: 
     expected, found = on_both(compute, hidden, weight)
     for one, other in zip(found, expected, strict=True):
         assert error(one, other) < 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_chunked_loss_of_wide_inputs_is_the_reference(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(rows, 64, generator=generator, dtype=torch.float64) / 4 for rows in (300, 9001))
+    labels, weights = torch.randint(9000, (300,), generator=generator), torch.rand(300, generator=generator)
+    found = []
+    for device, kind in (("cpu", torch.float64), ("cuda", dtype)):
+        given = [tensor.to(device, kind).requires_grad_() for tensor in (hidden, weight)]
+        rest = (labels.to(device), weights.to(device), 1e-4, 0.1, 128, 9000)
+        losses = linear_cross_entropy(*given, *rest)
+        with torch.no_grad():
+            assert torch.equal(linear_cross_entropy(*given, *rest).nll, losses.nll)
+        found.append([losses.total, losses.nll, losses.lse, *torch.autograd.grad(losses.total, given)])
+    for one, other in zip(*found, strict=True):
+        assert error(other.detach().double().cpu(), one.detach().double()) < (1e-10 if dtype == torch.float64 else 1e-5)
+
+
+def test_the_loss_is_computed_by_its_kernel() -> None:
+    cross_entropy_kernel = pytest.importorskip("mm.layers.cross_entropy_kernel")
+    assert cross_entropy._by_kernel() is cross_entropy_kernel.logits_to_gradient

@@ -10,16 +10,22 @@ the chunks: the forward leaves the gradients behind, and the backward only scale
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._C._autograd import _get_current_graph_task_keep_graph as graph_is_kept
 
-CHUNK_ON_CPU, CHUNK = 384, 1024
-"""Tokens in a chunk by default. A chunk reads the head twice and adds to its gradient once, so the work per byte grows
-with the chunk, whatever the vocabulary. From 384 on a CPU gains little (benchmarks/cross_entropy.py); for GPUs 1024 is
-computed: some 300 FLOPs per byte in bf16, where an H100 turns from memory-bound to compute-bound."""
+logger = logging.getLogger(__name__)
+
+CHUNK_ON_CPU, CHUNK = 384, 512
+"""Tokens in a chunk by default, and at least so many on a GPU. A chunk reads the head twice and adds to its gradient
+once, so the work per byte grows with the chunk, whatever the vocabulary. From 384 on a CPU gains little. On a GPU it is
+D/2 where that is more: so many rows of float32 take no more than the head's narrowed gradient does in the end, when
+they are gone (benchmarks/cross_entropy.py)."""
 
 
 class Losses(NamedTuple):
@@ -33,6 +39,25 @@ class Losses(NamedTuple):
     total: Tensor
     nll: Tensor
     lse: Tensor
+
+
+class Terms(NamedTuple):
+    """What is asked of the loss; see `linear_cross_entropy`."""
+
+    z_loss: float
+    label_smoothing: float
+    real: int
+
+
+class Said(NamedTuple):
+    """What the softmax of each row said, (L,) each: see `Losses`, and the mean of the logits of real ids."""
+
+    nll: Tensor
+    lse: Tensor
+    mean: Tensor
+
+    def of(self, rows: slice) -> Said:
+        return Said(*(one[rows] for one in self))
 
 
 def linear_cross_entropy(
@@ -62,7 +87,7 @@ def linear_cross_entropy(
         weights: (L,) float32 loss weights, without gradient.
         z_loss: factor of lse², which holds the softmax's denominator near 1 (PaLM, section 5: 1e-4).
         label_smoothing: share ε of the target spread evenly over the vocabulary (Szegedy et al. 2016, section 7).
-        chunk: tokens C at a time; by default `CHUNK_ON_CPU` or `CHUNK`.
+        chunk: tokens C at a time; by default `CHUNK_ON_CPU`, or on a GPU the larger of `CHUNK` and D/2.
         real: the first so many of the V rows are ids, the others fill the table up to a round size; smoothing is over
             ids alone. None: all are.
 
@@ -72,17 +97,15 @@ def linear_cross_entropy(
     """
     _check(hidden, weight, labels, weights, chunk, real)
     if chunk is None:
-        chunk = CHUNK_ON_CPU if hidden.device.type == "cpu" else CHUNK
+        chunk = CHUNK_ON_CPU if hidden.device.type == "cpu" else max(CHUNK, hidden.shape[1] // 2)
     return Losses(
         *_LinearCrossEntropy.apply(
             hidden,
             weight.to(hidden.dtype),
             labels,
             weights,
-            z_loss,
-            label_smoothing,
+            Terms(z_loss, label_smoothing, len(weight) if real is None else real),
             min(chunk, len(hidden)),
-            len(weight) if real is None else real,
             torch.is_grad_enabled(),
         )
     )
@@ -114,19 +137,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         labels: Tensor,
         weights: Tensor,
-        z_loss: float,
-        label_smoothing: float,
+        terms: Terms,
         chunk: int,
-        real: int,
         differentiate: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         # Inside `forward` gradients are always off and `needs_input_grad` is set under no_grad, too.
         hidden_wanted, weight_wanted = (differentiate and needed for needed in ctx.needs_input_grad[:2])
         with torch.autocast(hidden.device.type, enabled=False):
             total, nll, lse, grad_hidden, grad_weight = _loss_and_gradients(
-                hidden, weight, labels, weights, z_loss, label_smoothing, chunk, real, hidden_wanted, weight_wanted
+                hidden, weight, labels, weights, terms, chunk, hidden_wanted, weight_wanted
             )
-        ctx.gradients = (grad_hidden, grad_weight)
+        # Narrowed here, when the chunk's logits are gone: at once they would be the peak of the memory.
+        ctx.gradients = (grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
         ctx.mark_non_differentiable(nll, lse)
         return total, nll, lse
 
@@ -143,7 +165,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             # In place and handed over for good: a copy would take as much memory as the head at the worst moment.
             ctx.gradients = None
             scaled = (gradient if gradient is None else gradient.mul_(grad_total) for gradient in gradients)
-        return (*scaled, None, None, None, None, None, None, None)
+        return (*scaled, None, None, None, None, None)
 
 
 def _loss_and_gradients(
@@ -151,52 +173,84 @@ def _loss_and_gradients(
     weight: Tensor,
     labels: Tensor,
     weights: Tensor,
-    z_loss: float,
-    label_smoothing: float,
+    terms: Terms,
     chunk: int,
-    real: int,
     hidden_wanted: bool,
     weight_wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """(total, nll, lse, ∂total/∂hidden, ∂total/∂weight), the gradients in the inputs' dtype or None."""
-    dtype = hidden.dtype
-    wide = torch.promote_types(dtype, torch.float32)
+    """(total, nll, lse, ∂total/∂hidden, ∂total/∂weight), the last in float32 or wider; None where not wanted."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
     if not _multiplies_into_float32(hidden):
         weight = weight.to(wide)
     weights = weights.to(wide)
-    nll, lse = hidden.new_empty(2, len(hidden), dtype=wide).unbind()
-    total = hidden.new_zeros((), dtype=wide)
+    said = Said(*hidden.new_zeros(3, len(hidden), dtype=wide).unbind())
     grad_hidden = torch.empty_like(hidden) if hidden_wanted else None
     grad_weight = torch.zeros_like(weight, dtype=wide) if weight_wanted else None
     buffer = hidden.new_empty(chunk, len(weight), dtype=wide)
+    to_gradient = _by_kernel() if buffer.is_cuda and wide == torch.float32 else logits_to_gradient
 
     for start in range(0, len(hidden), max(chunk, 1)):
         rows = slice(start, start + chunk)
-        states, label, w = hidden[rows].to(weight.dtype), labels[rows, None], weights[rows]
+        states = hidden[rows].to(weight.dtype)
         logits = _product(states, weight.T, out=buffer[: len(states)])
-        target = logits.gather(1, label).squeeze(1)
-        mean = logits[:, :real].mean(1) if label_smoothing else 0.0
-        largest = logits.amax(1, keepdim=True)
-        denominator = logits.sub_(largest).exp_().sum(1)
-        lse[rows] = denominator.log() + largest.squeeze(1)
-        nll[rows] = lse[rows] - target
-        smooth = (1 - label_smoothing) * nll[rows] + label_smoothing * (lse[rows] - mean)
-        total += torch.dot(w, smooth + z_loss * lse[rows].square())
-        if grad_hidden is None and grad_weight is None:
-            continue
-
-        # ∂total/∂logit_v = w · ((1 + 2 z lse) · softmax_v − (1 − ε) · [v = label] − [v < R] · ε / R), R the real ids
-        gradient = logits.mul_((w * (1 + 2 * z_loss * lse[rows]) / denominator)[:, None])
-        if label_smoothing:
-            gradient[:, :real].sub_((w * label_smoothing / real)[:, None])
-        gradient.scatter_add_(1, label, w[:, None] * (label_smoothing - 1))
-        narrow = gradient.to(weight.dtype)
+        wanted = weight.dtype if hidden_wanted or weight_wanted else None
+        gradient = to_gradient(logits, labels[rows], weights[rows], said.of(rows), terms, wanted)
         if grad_hidden is not None:
-            grad_hidden[rows] = narrow @ weight
+            grad_hidden[rows] = gradient @ weight
         if grad_weight is not None:
-            _accumulate_product(grad_weight, narrow.T, states)
+            _accumulate_product(grad_weight, gradient.T, states)
 
-    return total, nll, lse, grad_hidden, None if grad_weight is None else grad_weight.to(dtype)
+    smooth = (1 - terms.label_smoothing) * said.nll + terms.label_smoothing * (said.lse - said.mean)
+    total = torch.dot(weights, smooth + terms.z_loss * said.lse.square())
+    return total, said.nll, said.lse, grad_hidden, grad_weight
+
+
+def logits_to_gradient(
+    logits: Tensor, labels: Tensor, weights: Tensor, said: Said, terms: Terms, dtype: torch.dtype | None
+) -> Tensor:
+    """∂total/∂logits of a chunk, in the memory of its logits if these have the dtype.
+
+        ∂total/∂logit_v = w · ((1 + 2 z lse) · softmax_v − (1 − ε) · [v = label] − [v < R] · ε / R), R the real ids
+
+    Args:
+        logits: (C, V), overwritten.
+        labels, weights: (C,)
+        said: (C,) each, written.
+        dtype: of the gradient; None where none is wanted, and what is returned is of no use.
+    """
+    label = labels[:, None]
+    target = logits.gather(1, label).squeeze(1)
+    if terms.label_smoothing:
+        torch.mean(logits[:, : terms.real], 1, out=said.mean)
+    largest = logits.amax(1, keepdim=True)
+    denominator = logits.sub_(largest).exp_().sum(1)
+    torch.add(denominator.log(), largest.squeeze(1), out=said.lse)
+    torch.sub(said.lse, target, out=said.nll)
+    if dtype is None:
+        return logits
+    gradient = logits.mul_((weights * (1 + 2 * terms.z_loss * said.lse) / denominator)[:, None])
+    if terms.label_smoothing:
+        gradient[:, : terms.real].sub_((weights * terms.label_smoothing / terms.real)[:, None])
+    gradient.scatter_add_(1, label, weights[:, None] * (terms.label_smoothing - 1))
+    return gradient.to(dtype)
+
+
+@lru_cache(maxsize=1)
+def _by_kernel() -> Callable[[Tensor, Tensor, Tensor, Said, Terms, torch.dtype | None], Tensor]:
+    """`logits_to_gradient` as a kernel, or as it is, with a warning, where no kernel can be compiled."""
+    try:
+        from mm.layers.cross_entropy_kernel import logits_to_gradient as by_kernel
+
+        logits, weights, *said = torch.zeros(2, 2, device="cuda"), *torch.zeros(4, 2, device="cuda")
+        by_kernel(logits, weights.long(), weights, Said(*said), Terms(0.0, 0.0, 2), torch.bfloat16)
+    except Exception as error:
+        logger.warning(
+            "the loss's kernel cannot be compiled here, and torch's operations take its place: slower, the same "
+            "result. Triton needs a C compiler (apt install gcc): %s",
+            error,
+        )
+        return logits_to_gradient
+    return by_kernel
 
 
 def _multiplies_into_float32(operand: Tensor) -> bool:
@@ -216,4 +270,4 @@ def _accumulate_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     if left.dtype == total.dtype:
         total.addmm_(left, right)
     else:
-        total += torch.mm(left, right, out_dtype=total.dtype)
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
