@@ -21,12 +21,6 @@ from torch._C._autograd import _get_current_graph_task_keep_graph as graph_is_ke
 
 logger = logging.getLogger(__name__)
 
-CHUNK_ON_CPU, CHUNK = 384, 512
-"""Tokens in a chunk by default, and at least so many on a GPU. A chunk reads the head twice and adds to its gradient
-once, so the work per byte grows with the chunk, whatever the vocabulary. From 384 on a CPU gains little. On a GPU it is
-D/2 where that is more: so many rows of float32 take no more than the head's narrowed gradient does in the end, when
-they are gone (benchmarks/cross_entropy.py)."""
-
 
 class Losses(NamedTuple):
     """What the head says about L labels.
@@ -39,6 +33,17 @@ class Losses(NamedTuple):
     total: Tensor
     nll: Tensor
     lse: Tensor
+
+
+def default_chunk(device: str, width: int) -> int:
+    """Tokens in a chunk.
+
+    A chunk reads the head twice and adds to its gradient once, so the work per byte grows with the chunk, whatever the
+    vocabulary. From 384 on a CPU gains little (benchmarks/cross_entropy.py). On a GPU 512 reach most of the speed, and
+    D/2 are free: float32 logits of so many take no more than the head's narrowed gradient in the end, when they are
+    gone.
+    """
+    return 384 if device == "cpu" else max(512, width // 2)
 
 
 class Terms(NamedTuple):
@@ -87,7 +92,7 @@ def linear_cross_entropy(
         weights: (L,) float32 loss weights, without gradient.
         z_loss: factor of lse², which holds the softmax's denominator near 1 (PaLM, section 5: 1e-4).
         label_smoothing: share ε of the target spread evenly over the vocabulary (Szegedy et al. 2016, section 7).
-        chunk: tokens C at a time; by default `CHUNK_ON_CPU`, or on a GPU the larger of `CHUNK` and D/2.
+        chunk: tokens C at a time; by default `default_chunk`.
         real: the first so many of the V rows are ids, the others fill the table up to a round size; smoothing is over
             ids alone. None: all are.
 
@@ -97,7 +102,7 @@ def linear_cross_entropy(
     """
     _check(hidden, weight, labels, weights, chunk, real)
     if chunk is None:
-        chunk = CHUNK_ON_CPU if hidden.device.type == "cpu" else max(CHUNK, hidden.shape[1] // 2)
+        chunk = default_chunk(hidden.device.type, hidden.shape[1])
     return Losses(
         *_LinearCrossEntropy.apply(
             hidden,

@@ -39,7 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from mm.configure import RecipeError
-from mm.layers.cross_entropy import CHUNK, CHUNK_ON_CPU
+from mm.layers.cross_entropy import default_chunk
 from mm.media import Item, Waveform, measure
 from mm.model.multimodal import MultimodalLM, build_model
 from mm.packing.batch import Batch, Media
@@ -378,14 +378,12 @@ def _without_offloaded(parts: Mapping[str, int], sharded: bool) -> dict[str, int
 def _head_beyond_cpu(model: MultimodalLM, batch: Batch, dtype: torch.dtype) -> int:
     """Bytes that the head takes on a GPU beyond those on a CPU, see `mm.layers.cross_entropy`.
 
-    A chunk is larger. In 16 bits a GPU keeps each chunk's gradient in both precisions, and the product that is added to
-    the weight's gradient as well; a CPU widens the weight instead.
+    A chunk is larger. In 16 bits a CPU widens the weight, and a GPU, whose products are wider than their operands, does
+    not; a chunk's gradient lies in the memory of its logits.
     """
     config, labels = model.decoder.config, len(batch.labels)
-    chunk, chunk_on_cpu = min(CHUNK, labels), min(CHUNK_ON_CPU, labels)
+    chunk, chunk_on_cpu = (min(default_chunk(device, config.width), labels) for device in ("cuda", "cpu"))
     beyond = 4 * (chunk - chunk_on_cpu) * config.vocabulary
     if dtype != torch.float32:
-        weight = 4 * config.vocabulary * config.width
-        trains = model.decoder.head_weight.requires_grad
-        beyond += 2 * chunk * config.vocabulary + (weight if trains else 0) - weight
+        beyond -= 4 * config.vocabulary * config.width
     return max(0, beyond)
