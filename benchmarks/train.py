@@ -400,10 +400,13 @@ def make_arm(name: str, documents: Sequence[Document], capacity: int, sizes: Siz
     return Arm(arm.model.cuda(), loss, [load._replace(inputs=on_gpu(load.inputs)) for load in arm.loads])
 
 
+STAYS = ExitStack()
+
+
 @cache
 def the_world() -> World:
     """Of this process, which stays to its end."""
-    return ExitStack().enter_context(join_world())
+    return STAYS.enter_context(join_world())
 
 
 def make_arm_on_cpu(name: str, documents: Sequence[Document], capacity: int, sizes: Sizes, folder: Path) -> Arm:
