@@ -1,7 +1,7 @@
 """Token weights by a reference against plain next-token prediction: a sweep over arms and seeds, and what it costs.
 
     pictures, captions ─▶ BPE ─┬─▶ reference in folds ─▶ column ─▶ arms ─┐
-                               └─▶ judges, with and without pictures ────┴─▶ table
+                               └─▶ judges, with and without pictures ────┴─▶ prior.jsonl ─▶ benchmarks.prior_table
 
 Two settings. `adapter`: drawings enter through a frozen encoder; a title says what the picture shows, the gloss of its
 noun follows from the title, and the boilerplate is much the same everywhere. `fusion`: composed scenes enter as codes,
@@ -13,7 +13,6 @@ held-out captions are compared token by token.
     python -m benchmarks.prior prepare FOLDER --wordnet wordnet-base.deb    captions, BPE, reference: minutes, once
     python -m benchmarks.prior prepare OTHER --tokenizer RUN                scenes, BPE, codes, reference
     python -m benchmarks.prior sweep FOLDER      all runs of that setting, two at a time; repeated, it goes on
-    python -m benchmarks.prior table FOLDER      what prior.jsonl holds of it, with intervals
 
 An image tokenizer for the scenes is what `python -m benchmarks.moma prepare OUT` trains: OUT/tokenizer.
 """
@@ -24,7 +23,6 @@ import argparse
 import json
 import os
 import re
-import statistics
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -504,147 +502,10 @@ def device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 
-# ----------------------------------------------------------------------------------------------------------- the table
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """What a run says of the held-out words, caption after caption.
-
-    nll: (n,) nats
-    caption: (n,) number of the caption of each
-    right: (n,) 1 where the word was the most probable one, else 0; NaN where it was not measured
-    divided: (n,) nats with the run's weights divided out, likewise
-    """
-
-    nll: np.ndarray
-    caption: np.ndarray
-    right: np.ndarray
-    divided: np.ndarray
-
-    @classmethod
-    def read(cls, folder: Path, job: Job) -> HeldOut:
-        with np.load(folder / "measured" / f"{job.name}.npz") as file:
-            nll, sizes = file["nll"], file["sizes"]
-            unknown = np.full(len(nll), np.nan)
-            right, divided = (np.asarray(file.get(name, unknown), np.float64) for name in ("right", "divided"))
-            return cls(nll, np.repeat(np.arange(len(sizes)), sizes), right, divided)
-
-
-def interval(differences: np.ndarray, caption: np.ndarray, resamples: int = 2000) -> tuple[float, float]:
-    """95 % interval of a mean over tokens, by a bootstrap over captions.
-
-    Args:
-        differences: (n,) of two runs, token by token.
-    """
-    sums = np.bincount(caption, differences)
-    counts = np.bincount(caption)
-    drawn = np.random.default_rng(0).integers(0, len(sums), (resamples, len(sums)))
-    means = sums[drawn].sum(1) / counts[drawn].sum(1)
-    return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
-
-
-HEADER = (
-    "arm",
-    "seeds",
-    "image-related, nats",
-    "− plain (95 %; seeds)",
-    "other, nats",
-    "− plain (95 %; seeds)",
-    "image-related, weights divided out",
-    "image-related, most probable",
-    "suite",
-)
-
-
-class Comparison:
-    """What came out in one setting, against plain training of the same seeds."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.setting = folder, setting_of(folder)
-        self.results = [one for one in results_of(folder) if one["arm"] != "reference"]
-        self.done = {Job.of(one): one for one in self.results}
-        rate = best_rate(self.results)
-        judges = [Job(self.setting, arm, rate or 0.0, seed) for arm in JUDGE_ARMS for seed in JUDGES]
-        if rate is None or not set(judges) <= self.done.keys():
-            raise SystemExit("the runs that choose the learning rate, or the judges, are missing; go on with `sweep`")
-        self.rate = rate
-        self.plain = self.of("NTP")
-        blind, seeing = (
-            [HeldOut.read(folder, self.job(arm, seed)).nll for seed in JUDGES] for arm in reversed(JUDGE_ARMS)
-        )
-        self.blind = blind
-        self.saved = [without - having for without, having in zip(blind, seeing, strict=True)]
-        self.related = np.mean(self.saved, axis=0) >= DROP
-
-    def job(self, arm: str, seed: int) -> Job:
-        return Job(self.setting, arm, self.rate, seed)
-
-    def of(self, arm: str) -> dict[int, HeldOut]:
-        """By seed, where a run is done."""
-        jobs = {seed: self.job(arm, seed) for seed in SEEDS}
-        return {seed: HeldOut.read(self.folder, job) for seed, job in jobs.items() if job in self.done}
-
-    def saving(self) -> tuple[float, float]:
-        """Nats that pictures save plain models on the words that *one* judge calls image-related, and on the others.
-
-        Against the other judge without pictures, so that nothing is counted with the luck that it was chosen by.
-        """
-        plain = np.mean([one.nll for one in self.plain.values()], axis=0)
-        found = [
-            [float((other - plain)[mask].mean()) for mask in (saved >= DROP, saved < DROP)]
-            for saved, other in zip(self.saved, reversed(self.blind), strict=True)
-        ]
-        there, elsewhere = np.mean(found, axis=0)
-        return float(there), float(elsewhere)
-
-    def row(self, arm: str) -> list[str] | None:
-        """Cells as in `HEADER`; None before a run is done."""
-        losses = self.of(arm)
-        seeds = [seed for seed in self.plain if seed in losses]
-        if not seeds:
-            return None
-        cells = [arm, str(len(seeds))]
-        for mask in (self.related, ~self.related):
-            means = [float(losses[seed].nll[mask].mean()) for seed in seeds]
-            differences = [(losses[seed].nll - self.plain[seed].nll)[mask] for seed in seeds]
-            low, high = interval(np.mean(differences, axis=0), losses[seeds[0]].caption[mask])
-            of_seeds = [float(one.mean()) for one in differences]
-            change = f"{statistics.mean(of_seeds):+.3f} ({low:+.3f} to {high:+.3f}"
-            change += f"; {min(of_seeds):+.3f} to {max(of_seeds):+.3f})" if len(seeds) > 1 else ")"
-            cells += [f"{statistics.mean(means):.3f}", "" if arm == "NTP" else change]
-        for column, form in (("divided", ".3f"), ("right", ".1%")):
-            values = [getattr(losses[seed], column)[self.related].mean() for seed in seeds]
-            known = [value for value in values if not np.isnan(value)]
-            cells.append(format(statistics.mean(known), form) if known else "")
-        found = [self.done[self.job(arm, seed)] for seed in seeds]
-        right = [one["accuracy_likelihood"] for one in found if "accuracy_likelihood" in one]
-        return [*cells, f"{statistics.mean(right):.1%}" if right else ""]
-
-
-def table(folder: Path) -> None:
-    """Prints what came out as Markdown."""
-    found = Comparison(folder)
-    related, (there, elsewhere) = found.related, found.saving()
-    print(
-        f"{found.setting}, learning rate {found.rate:g}: {related.sum():,} of {len(related):,} held-out words are "
-        f"image-related. Pictures save {there:.3f} nats on such words and {elsewhere:.3f} on others, by other seeds\n"
-    )
-    print(f"| {' | '.join(HEADER)} |\n|{'---|' * len(HEADER)}")
-    for arm in ARMS:
-        if arm != JUDGE_ARMS[1] and (cells := found.row(arm)):
-            print(f"| {' | '.join(cells)} |")
-    on_cpu = [one["cpu_seconds"] for one in found.results if one["arm"] == "PRIOR 1" and one["device"] == "CPU"]
-    for one in results_of(folder):
-        if one["arm"] == "reference" and on_cpu:
-            share = one["cpu_seconds"] / statistics.mean(on_cpu)
-            print(f"\nReference in {FOLDS} folds: {one['cpu_seconds']} CPU s, {share:.0%} of a run's")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("prepare", "sweep", "measure", "table"):
+    for name in ("prepare", "sweep", "measure"):
         commands.add_parser(name).add_argument("folder", type=Path)
     what = commands.choices["prepare"].add_mutually_exclusive_group(required=True)
     what.add_argument("--wordnet", type=Path, help="Debian's wordnet-base_….deb: the setting `adapter`")
@@ -659,10 +520,8 @@ def main() -> None:
         prepare(folder, options.wordnet, options.tokenizer)
     elif options.command == "sweep":
         sweep(lambda: missing(folder), lambda job: run(job, folder), options.parallel, options.minutes)
-    elif options.command == "measure":
-        measure(options.run, folder, options.pictures)
     else:
-        table(folder)
+        measure(options.run, folder, options.pictures)
 
 
 if __name__ == "__main__":
