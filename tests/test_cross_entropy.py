@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mm.layers import cross_entropy
 from mm.layers.cross_entropy import Losses, linear_cross_entropy
 
 torch.set_num_threads(1)
@@ -219,3 +220,9 @@ def test_mistakes_are_named():
         case.losses(chunk=0)
     with pytest.raises(ValueError, match="loss weights require a gradient"):
         linear_cross_entropy(case.hidden, case.weight, case.labels, case.weights.requires_grad_())
+
+
+def test_where_no_kernel_runs_torch_takes_its_place_with_a_warning(caplog):
+    """As on this machine, which has no GPU that could be seen."""
+    assert cross_entropy._by_kernel.__wrapped__() is cross_entropy.logits_to_gradient
+    assert "torch's operations take its place" in caplog.text

@@ -26,6 +26,11 @@ for case in (cases := torch.load(sys.argv[1])):
     case["found"] = (*said, gradient.clone() if dtype else None)
     case["kept"] = torch.equal(logits, case["logits"])
 torch.save(cases, sys.argv[1])
+
+said = Said(*torch.zeros(3, 4).unbind())
+mixed = torch.tensor([[1, 9], [5, 9], [-100, 9], [4, 9]])
+logits_to_gradient(torch.zeros(4, 5), mixed[:, 0], torch.ones(4), said, Terms(0.0, 0.0, 5), torch.float32)
+torch.save(said.nll, sys.argv[2])
 """
 
 SIZES = {
@@ -43,7 +48,8 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def computed(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the interpreted kernel has left what it computed."""
     pytest.importorskip("triton")
     cases = []
     for name, z_loss, smoothing, dtype in CASES:
@@ -55,13 +61,18 @@ def computed(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
         weights = torch.rand(rows, generator=generator)
         terms = (z_loss, smoothing, real)
         cases.append({"logits": logits, "labels": labels, "weights": weights, "terms": terms, "dtype": dtype})
-    path = tmp_path_factory.mktemp("kernel") / "cases.pt"
-    torch.save(cases, path)
+    folder = tmp_path_factory.mktemp("kernel")
+    torch.save(cases, folder / "cases.pt")
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(Path.cwd())}
-    command = [sys.executable, "-c", INTERPRETED, str(path)]
+    command = [sys.executable, "-c", INTERPRETED, str(folder / "cases.pt"), str(folder / "outside.pt")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
-    return torch.load(path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def computed(folder: Path) -> list[dict]:
+    return torch.load(folder / "cases.pt")
 
 
 def expected(logits: Tensor, labels: Tensor, weights: Tensor, terms: tuple[float, float, int]) -> tuple[Tensor, ...]:
@@ -87,3 +98,7 @@ def test_losses_and_gradient_are_those_of_autograd(computed: list[dict], number:
     assert gradient.dtype == case["dtype"]
     rounding = 2.0**-7 if case["dtype"] == torch.bfloat16 else 1e-5  # the interpreter cuts bits off; a GPU rounds
     assert float((gradient.double() - exact).norm() / exact.norm()) < rounding
+
+
+def test_a_label_that_is_no_row_of_the_head_is_seen_in_the_loss(folder: Path) -> None:
+    assert torch.load(folder / "outside.pt").isnan().tolist() == [False, True, True, False]

@@ -29,6 +29,8 @@ def logits_to_gradient(
 ) -> Tensor:
     """As `mm.layers.cross_entropy.logits_to_gradient`, for contiguous float32 logits and a dtype of 4 or 2 bytes.
 
+    A label that is no row of the head gives a loss that is NaN, where torch's operations raise an error.
+
     Returns:
         (C, V) the gradient, in the memory of the logits in any case; of rows 4 V bytes apart.
     """
@@ -38,8 +40,8 @@ def logits_to_gradient(
     launch(
         logits,
         gradient,
-        labels,
-        weights,
+        labels.contiguous(),
+        weights.contiguous(),
         *said,
         logits.stride(0),
         gradient.stride(0),
@@ -95,7 +97,8 @@ def _logits_to_gradient(
 
     label = tl.load(labels + row)
     weight = tl.load(weights + row)
-    tl.store(nll + row, logsumexp - tl.load(logits + label))
+    target = tl.load(logits + label, mask=(label >= 0) & (label < vocabulary), other=float("nan"))
+    tl.store(nll + row, logsumexp - target)
     tl.store(lse + row, logsumexp)
     tl.store(mean + row, tl.sum(total, 0) / real)
 
