@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -130,6 +131,16 @@ def test_held_out_samples_are_pictures_with_words_each_once(run: Path) -> None:
     found = list(held_out(Recipe.load(run / "recipe.yaml")))
     assert sorted(caption for _, caption in found) == sorted(scene(row)[1] for row in range(6))
     assert {image.data for image, _ in found} == {scene(row)[0] for row in range(6)}
+
+
+def test_held_out_samples_are_those_that_the_run_validates_on(run: Path, tmp_path: Path) -> None:
+    recipe = Recipe.load(run / "recipe.yaml")
+    (source,) = recipe.data.validation.values()
+    shortest = min((scene(row)[1] for row in range(6)), key=len)
+    chosen = replace(source, where=f"characters <= {len(shortest)}")
+    data = replace(recipe.data, validation={"chosen": chosen})
+    found = {caption for _, caption in held_out(replace(recipe, data=data))}
+    assert found == {scene(row)[1] for row in range(6) if len(scene(row)[1]) == len(shortest)}
 
 
 def test_a_sheet_holds_every_picture_once_whatever_their_sizes() -> None:

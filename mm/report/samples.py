@@ -29,6 +29,7 @@ from mm.report.pictures import exact
 from mm.sample import BrokenSample, Image, Modality, Text
 from mm.train.export import load_trained
 from mm.train.recipe import Recipe
+from mm.train.sources import excluded_rows
 
 GUIDANCE = 3.0
 PICTURES = 2  # drawn of each caption
@@ -91,7 +92,10 @@ def held_out(recipe: Recipe) -> Iterator[tuple[Image, str]]:
     for name, source in recipe.data.validation.items():
         card = replace(Card.load(configure.find_preset(source.card)), cache=cache)
         rows = index_card(card, source.split, folder)
+        excluded, _ = excluded_rows(rows, source.where)
         for row in shuffled(rows.rows, recipe.seed, "samples", name).tolist():
+            if excluded is not None and excluded[row]:
+                continue
             try:
                 parts = rows.sample(row).parts
                 pictures = [part for part in parts if isinstance(part, Image)]

@@ -167,7 +167,7 @@ class OpenSource:
         columns.ensure_choices(index, *_lengths_of(processor), processes=None)
         for column in blueprint.code_columns:
             column.check_computed(index)
-        source = cls(name, options, samples, blueprint, index, *_selection(index, options.where))
+        source = cls(name, options, samples, blueprint, index, *excluded_rows(index, options.where))
         source.weighting.check(index)
         return source
 
@@ -242,7 +242,7 @@ class OpenSource:
     def _excluded(self, index: Index, shards: Sequence[int]) -> np.ndarray | None:
         """(n,) uint8 of the rows of some shards, whose index is `index`; None if all take part."""
         if self.index is None:
-            excluded, _ = _selection(index, self.options.where, part=True)
+            excluded, _ = excluded_rows(index, self.options.where, part=True)
             return excluded
         if self.excluded is None:
             return None
@@ -274,7 +274,7 @@ class OpenSource:
         return hashlib.blake2b("\n".join([card.mapping_fingerprint, *shards]).encode(), digest_size=16).hexdigest()
 
 
-def _selection(index: Index, where: str | None, *, part: bool = False) -> tuple[np.ndarray | None, dict[str, Any]]:
+def excluded_rows(index: Index, where: str | None, *, part: bool = False) -> tuple[np.ndarray | None, dict[str, Any]]:
     """(n,) uint8 why a row is left out, as in `Rows.excluded`, or None, and what that was computed from.
 
     Args:
