@@ -91,9 +91,18 @@ ARMS: dict[str, dict[str, Any]] = {
     "NTP, one norm": {"clip": 0.01},
     "PRIOR 1, one norm": {"weights": {"_target_": PRIOR, "alpha": 1.0}, "clip": 0.01},
     "judge without picture": {"blind": True},
+    # As many tokens, of an eighth of the scenes: whether weights help where data is repeated.
+    "NTP, repeated": {"scenes": SCENES // 8},
+    "PRIOR 0.5, repeated": {"weights": {"_target_": PRIOR, "alpha": 0.5}, "scenes": SCENES // 8},
+    "PRIOR 1, repeated": {"weights": {"_target_": PRIOR, "alpha": 1.0}, "scenes": SCENES // 8},
 }
 JUDGE_ARMS = ("NTP", "judge without picture")
 MAIN = ("NTP", "PRIOR 0.5", "PRIOR 1", "PRIOR 2")
+
+
+def plain_of(arm: str) -> str:
+    """What an arm is compared with."""
+    return "NTP, repeated" if "scenes" in ARMS[arm] else "NTP"
 
 
 @dataclass(frozen=True)
@@ -336,12 +345,13 @@ def recipe(job: Job, folder: Path) -> dict[str, Any]:
     """The recipe of a run."""
     arm = ARMS[job.arm]
     weights = {"arm": arm["weights"]} if "weights" in arm else {}
+    some = {"where": f'key < "train-0-{arm["scenes"]:08}"'} if "scenes" in arm else {}
     made = base_recipe(folder, job.name, job.steps) | {
         "run": str(folder / "runs" / job.name),
         "seed": job.seed,
         "objective": arm.get("objective", {"_target_": "mm.objectives.next_token.NextToken"}),
         "data": {
-            "sources": {"captions": {"card": str(card_of(folder)), "weights": weights}},
+            "sources": {"captions": {"card": str(card_of(folder)), "weights": weights} | some},
             "index": str(folder / "index"),
             "workers": 0,
         },
@@ -476,9 +486,14 @@ def jobs(setting: str, results: Sequence[Mapping[str, Any]]) -> Iterator[Job]:
     if rate is None:
         return
     yield from (Job(setting, arm, rate, seed) for seed in JUDGES for arm in JUDGE_ARMS)
-    controls = [arm for arm in ARMS if arm not in (*MAIN, *JUDGE_ARMS)]
+    controls = [arm for arm in ARMS if arm not in (*MAIN, *JUDGE_ARMS) and is_of(setting, arm)]
     for arms in (MAIN, controls):
         yield from (Job(setting, arm, rate, seed) for seed in SEEDS for arm in arms)
+
+
+def is_of(setting: str, arm: str) -> bool:
+    """Drawings are repeated in any case."""
+    return setting == "fusion" or "scenes" not in ARMS[arm]
 
 
 def best_rate(results: Sequence[Mapping[str, Any]]) -> float | None:

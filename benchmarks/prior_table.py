@@ -13,7 +13,20 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.prior import ARMS, DROP, FOLDS, JUDGE_ARMS, JUDGES, SEEDS, Job, best_rate, results_of, setting_of
+from benchmarks.prior import (
+    ARMS,
+    DROP,
+    FOLDS,
+    JUDGE_ARMS,
+    JUDGES,
+    SEEDS,
+    Job,
+    best_rate,
+    is_of,
+    plain_of,
+    results_of,
+    setting_of,
+)
 
 
 @dataclass(frozen=True)
@@ -104,7 +117,7 @@ class Comparison:
 
     def of(self, arm: str) -> dict[int, HeldOut]:
         """By seed, where a run and the plain one of its seed are done."""
-        jobs = {seed: self.job(arm, seed) for seed in SEEDS if self.job("NTP", seed) in self.done}
+        jobs = {seed: self.job(arm, seed) for seed in SEEDS if self.job(plain_of(arm), seed) in self.done}
         return {seed: HeldOut.read(self.folder, job) for seed, job in jobs.items() if job in self.done}
 
     def saving(self) -> tuple[float, float]:
@@ -122,10 +135,10 @@ class Comparison:
 
     def change(self, arm: str, mask: np.ndarray) -> Change | None:
         """Against plain training of the same seeds, on the masked words; None before a run is done."""
-        losses = self.of(arm)
+        losses, plain = self.of(arm), self.of(plain_of(arm))
         if not losses:
             return None
-        differences = [(one.nll - self.plain[seed].nll)[mask] for seed, one in losses.items()]
+        differences = [(one.nll - plain[seed].nll)[mask] for seed, one in losses.items()]
         caption = next(iter(losses.values())).caption[mask]
         return Change([float(one.mean()) for one in differences], *interval(np.mean(differences, axis=0), caption))
 
@@ -137,7 +150,7 @@ class Comparison:
         cells = [arm, str(len(losses))]
         for mask in (self.related, ~self.related):
             loss = statistics.mean(float(one.nll[mask].mean()) for one in losses.values())
-            cells += [f"{loss:.3f}", "" if arm == "NTP" else str(self.change(arm, mask))]
+            cells += [f"{loss:.3f}", "" if arm == plain_of(arm) else str(self.change(arm, mask))]
         seeds = list(losses)
         for column, form in (("divided", ".3f"), ("right", ".1%")):
             values = [getattr(losses[seed], column)[self.related].mean() for seed in seeds]
@@ -173,7 +186,9 @@ def plot(folders: Sequence[Path], path: Path) -> None:
 
     figure = Figure(figsize=(5.5 * len(folders), 4), layout="constrained")
     panels = figure.subplots(1, len(folders), squeeze=False)[0]
-    arms = [arm for arm in ARMS if arm not in JUDGE_ARMS]
+    settings = {setting_of(folder) for folder in folders}
+    arms = [arm for arm in ARMS if arm != plain_of(arm) and any(is_of(setting, arm) for setting in settings)]
+    arms.remove(JUDGE_ARMS[1])
     for axes, folder in zip(panels, folders, strict=True):
         found = Comparison(folder)
         kinds = {"image-related words": found.related, "other words": ~found.related}
