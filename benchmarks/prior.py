@@ -62,7 +62,8 @@ DEMO = Path("data_cards/demo/card.yaml")
 WORDNET = PurePosixPath("usr/share/wordnet")
 
 STEPS, REFERENCE_STEPS, FOLDS = 300, 160, 4
-RATES = (1e-3, 3e-3, 9e-3)
+RATES, BLIND_RATES = (1e-3, 3e-3, 9e-3), (3e-4, 1e-3, 3e-3)
+"""Learning rates that are tried, for plain training and for judges without pictures, whose steps hold fewer tokens."""
 SCENES = 8000
 WORDS = {"adapter": 2048, "fusion": 512}
 """Ids of the BPE."""
@@ -96,7 +97,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "PRIOR 0.5, repeated": {"weights": {"_target_": PRIOR, "alpha": 0.5}, "scenes": SCENES // 8},
     "PRIOR 1, repeated": {"weights": {"_target_": PRIOR, "alpha": 1.0}, "scenes": SCENES // 8},
 }
-JUDGE_ARMS = ("NTP", "judge without picture")
+BLIND = "judge without picture"
 MAIN = ("NTP", "PRIOR 0.5", "PRIOR 1", "PRIOR 2")
 
 
@@ -480,13 +481,15 @@ def _factor(recipe: Recipe) -> Reference | None:
 
 
 def jobs(setting: str, results: Sequence[Mapping[str, Any]]) -> Iterator[Job]:
-    """The runs that are wanted: plain ones at every rate, then judges, main arms and controls at the best of them."""
+    """The runs that are wanted: all rates, then judges, main arms and controls at the best of them."""
     yield from (Job(setting, "NTP", rate, SEEDS[0]) for rate in RATES)
-    rate = best_rate(results)
-    if rate is None:
+    yield from (Job(setting, BLIND, rate, JUDGES[0]) for rate in BLIND_RATES)
+    rate, blind_rate = best_rate(results), best_rate(results, BLIND)
+    if rate is None or blind_rate is None:
         return
-    yield from (Job(setting, arm, rate, seed) for seed in JUDGES for arm in JUDGE_ARMS)
-    controls = [arm for arm in ARMS if arm not in (*MAIN, *JUDGE_ARMS) and is_of(setting, arm)]
+    for seed in JUDGES:
+        yield from (Job(setting, "NTP", rate, seed), Job(setting, BLIND, blind_rate, seed))
+    controls = [arm for arm in ARMS if arm not in (*MAIN, BLIND) and is_of(setting, arm)]
     for arms in (MAIN, controls):
         yield from (Job(setting, arm, rate, seed) for seed in SEEDS for arm in arms)
 
@@ -496,10 +499,11 @@ def is_of(setting: str, arm: str) -> bool:
     return setting == "fusion" or "scenes" not in ARMS[arm]
 
 
-def best_rate(results: Sequence[Mapping[str, Any]]) -> float | None:
-    """The rate at which plain training ends best; None before all were tried."""
-    tried = {one["rate"]: one["held_out"] for one in results if one["arm"] == "NTP" and one["seed"] == SEEDS[0]}
-    return min(tried, key=lambda rate: tried[rate]) if set(RATES) <= tried.keys() else None
+def best_rate(results: Sequence[Mapping[str, Any]], arm: str = "NTP") -> float | None:
+    """The rate at which plain training, or a judge without pictures, ends best; None before all were tried."""
+    rates, seed = (BLIND_RATES, JUDGES[0]) if arm == BLIND else (RATES, SEEDS[0])
+    tried = {one["rate"]: one["held_out"] for one in results if one["arm"] == arm and one["seed"] == seed}
+    return min(tried, key=lambda rate: tried[rate]) if set(rates) <= tried.keys() else None
 
 
 def results_of(folder: Path) -> list[dict[str, Any]]:

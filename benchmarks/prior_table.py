@@ -15,9 +15,9 @@ import numpy as np
 
 from benchmarks.prior import (
     ARMS,
+    BLIND,
     DROP,
     FOLDS,
-    JUDGE_ARMS,
     JUDGES,
     SEEDS,
     Job,
@@ -99,15 +99,20 @@ class Comparison:
         self.folder, self.setting = folder, setting_of(folder)
         self.results = [one for one in results_of(folder) if one["arm"] != "reference"]
         self.done = {Job.of(one): one for one in self.results}
-        rate = best_rate(self.results)
-        judges = [Job(self.setting, arm, rate or 0.0, seed) for arm in JUDGE_ARMS for seed in JUDGES]
-        if rate is None or not set(judges) <= self.done.keys():
-            raise SystemExit("the runs that choose the learning rate, or the judges, are missing; go on with `sweep`")
-        self.rate = rate
+        rate, blind_rate = best_rate(self.results), best_rate(self.results, BLIND)
+        judges = {
+            arm: [Job(self.setting, arm, best or 0.0, seed) for seed in JUDGES]
+            for arm, best in (("NTP", rate), (BLIND, blind_rate))
+        }
+        if (
+            rate is None
+            or blind_rate is None
+            or not {one for jobs in judges.values() for one in jobs} <= self.done.keys()
+        ):
+            raise SystemExit("the runs that choose the learning rates, or the judges, are missing; go on with `sweep`")
+        self.rate, self.blind_rate = rate, blind_rate
         self.plain = self.of("NTP")
-        blind, seeing = (
-            [HeldOut.read(folder, self.job(arm, seed)).nll for seed in JUDGES] for arm in reversed(JUDGE_ARMS)
-        )
+        blind, seeing = ([HeldOut.read(folder, job).nll for job in judges[arm]] for arm in (BLIND, "NTP"))
         self.blind = blind
         self.saved = [without - having for without, having in zip(blind, seeing, strict=True)]
         self.related = np.mean(self.saved, axis=0) >= DROP
@@ -166,12 +171,13 @@ def table(folder: Path) -> None:
     found = Comparison(folder)
     related, (there, elsewhere) = found.related, found.saving()
     print(
-        f"{found.setting}, learning rate {found.rate:g}: {related.sum():,} of {len(related):,} held-out words are "
-        f"image-related. Pictures save {there:.3f} nats on such words and {elsewhere:.3f} on others, by other seeds\n"
+        f"{found.setting}, learning rate {found.rate:g}, of judges without pictures {found.blind_rate:g}: "
+        f"{related.sum():,} of {len(related):,} held-out words are image-related. Pictures save {there:.3f} nats on such "
+        f"words and {elsewhere:.3f} on others, by other seeds\n"
     )
     print(f"| {' | '.join(HEADER)} |\n|{'---|' * len(HEADER)}")
     for arm in ARMS:
-        if arm != JUDGE_ARMS[1] and (cells := found.row(arm)):
+        if arm != BLIND and (cells := found.row(arm)):
             print(f"| {' | '.join(cells)} |")
     on_cpu = [one["cpu_seconds"] for one in found.results if one["arm"] == "PRIOR 1" and one["device"] == "CPU"]
     for one in results_of(folder):
@@ -188,7 +194,7 @@ def plot(folders: Sequence[Path], path: Path) -> None:
     panels = figure.subplots(1, len(folders), squeeze=False)[0]
     settings = {setting_of(folder) for folder in folders}
     arms = [arm for arm in ARMS if arm != plain_of(arm) and any(is_of(setting, arm) for setting in settings)]
-    arms.remove(JUDGE_ARMS[1])
+    arms.remove(BLIND)
     for axes, folder in zip(panels, folders, strict=True):
         found = Comparison(folder)
         kinds = {"image-related words": found.related, "other words": ~found.related}
