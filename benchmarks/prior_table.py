@@ -172,8 +172,8 @@ def table(folder: Path) -> None:
     related, (there, elsewhere) = found.related, found.saving()
     print(
         f"{found.setting}, learning rate {found.rate:g}, of judges without pictures {found.blind_rate:g}: "
-        f"{related.sum():,} of {len(related):,} held-out words are image-related. Pictures save {there:.3f} nats on such "
-        f"words and {elsewhere:.3f} on others, by other seeds\n"
+        f"{related.sum():,} of {len(related):,} held-out words are image-related. Pictures save {there:.3f} nats on "
+        f"such words and {elsewhere:.3f} on others, by other seeds\n"
     )
     print(f"| {' | '.join(HEADER)} |\n|{'---|' * len(HEADER)}")
     for arm in ARMS:
