@@ -62,14 +62,15 @@ DEMO = Path("data_cards/demo/card.yaml")
 WORDNET = PurePosixPath("usr/share/wordnet")
 
 STEPS, REFERENCE_STEPS, FOLDS = 300, 160, 4
-RATES, BLIND_RATES = (1e-3, 3e-3, 9e-3), (3e-4, 1e-3, 3e-3)
-"""Learning rates that are tried, for plain training and for judges without pictures, whose steps hold fewer tokens."""
 SCENES = 8000
 WORDS = {"adapter": 2048, "fusion": 512}
 """Ids of the BPE."""
 SEEDS = (0, 1, 2)
 JUDGES = (100, 101)
 """Seeds of the judges."""
+PLAIN, BLIND = "NTP", "judge without picture"
+RATES = {PLAIN: (SEEDS[0], (1e-3, 3e-3, 9e-3)), BLIND: (JUDGES[0], (3e-4, 1e-3, 3e-3))}
+"""Learning rates that are tried, and by which seed. Judges without pictures have fewer tokens in a step."""
 
 DROP = 0.1
 """Nats that a picture saves the judges on a token, from which on the token is image-related. Fixed before any run."""
@@ -79,7 +80,7 @@ LEAST_WEIGHT = 1e-3
 
 PRIOR = "mm.packing.weights.Prior"
 ARMS: dict[str, dict[str, Any]] = {
-    "NTP": {},
+    PLAIN: {},
     "PRIOR 0.5": {"weights": {"_target_": PRIOR, "alpha": 0.5}},
     "PRIOR 1": {"weights": {"_target_": PRIOR, "alpha": 1.0}},
     "PRIOR 2": {"weights": {"_target_": PRIOR, "alpha": 2.0}},
@@ -91,19 +92,18 @@ ARMS: dict[str, dict[str, Any]] = {
     # AdamW does not see the size of gradients, but clipping does: here every step of both is clipped to one norm.
     "NTP, one norm": {"clip": 0.01},
     "PRIOR 1, one norm": {"weights": {"_target_": PRIOR, "alpha": 1.0}, "clip": 0.01},
-    "judge without picture": {"blind": True},
+    BLIND: {"blind": True},
     # As many tokens, of an eighth of the scenes: whether weights help where data is repeated.
     "NTP, repeated": {"scenes": SCENES // 8},
     "PRIOR 0.5, repeated": {"weights": {"_target_": PRIOR, "alpha": 0.5}, "scenes": SCENES // 8},
     "PRIOR 1, repeated": {"weights": {"_target_": PRIOR, "alpha": 1.0}, "scenes": SCENES // 8},
 }
-BLIND = "judge without picture"
-MAIN = ("NTP", "PRIOR 0.5", "PRIOR 1", "PRIOR 2")
+MAIN = (PLAIN, "PRIOR 0.5", "PRIOR 1", "PRIOR 2")
 
 
 def plain_of(arm: str) -> str:
     """What an arm is compared with."""
-    return "NTP, repeated" if "scenes" in ARMS[arm] else "NTP"
+    return "NTP, repeated" if "scenes" in ARMS[arm] else PLAIN
 
 
 @dataclass(frozen=True)
@@ -346,13 +346,13 @@ def recipe(job: Job, folder: Path) -> dict[str, Any]:
     """The recipe of a run."""
     arm = ARMS[job.arm]
     weights = {"arm": arm["weights"]} if "weights" in arm else {}
-    some = {"where": f'key < "train-0-{arm["scenes"]:08}"'} if "scenes" in arm else {}
+    chosen = {"where": f'key < "train-0-{arm["scenes"]:08}"'} if "scenes" in arm else {}
     made = base_recipe(folder, job.name, job.steps) | {
         "run": str(folder / "runs" / job.name),
         "seed": job.seed,
         "objective": arm.get("objective", {"_target_": "mm.objectives.next_token.NextToken"}),
         "data": {
-            "sources": {"captions": {"card": str(card_of(folder)), "weights": weights} | some},
+            "sources": {"captions": {"card": str(card_of(folder)), "weights": weights} | chosen},
             "index": str(folder / "index"),
             "workers": 0,
         },
@@ -482,13 +482,11 @@ def _factor(recipe: Recipe) -> Reference | None:
 
 def jobs(setting: str, results: Sequence[Mapping[str, Any]]) -> Iterator[Job]:
     """The runs that are wanted: all rates, then judges, main arms and controls at the best of them."""
-    yield from (Job(setting, "NTP", rate, SEEDS[0]) for rate in RATES)
-    yield from (Job(setting, BLIND, rate, JUDGES[0]) for rate in BLIND_RATES)
-    rate, blind_rate = best_rate(results), best_rate(results, BLIND)
-    if rate is None or blind_rate is None:
+    yield from (Job(setting, arm, rate, seed) for arm, (seed, rates) in RATES.items() for rate in rates)
+    best = {arm: best_rate(results, arm) for arm in RATES}
+    if (rate := best[PLAIN]) is None or None in best.values():
         return
-    for seed in JUDGES:
-        yield from (Job(setting, "NTP", rate, seed), Job(setting, BLIND, blind_rate, seed))
+    yield from judges(setting, best)
     controls = [arm for arm in ARMS if arm not in (*MAIN, BLIND) and is_of(setting, arm)]
     for arms in (MAIN, controls):
         yield from (Job(setting, arm, rate, seed) for seed in SEEDS for arm in arms)
@@ -499,9 +497,14 @@ def is_of(setting: str, arm: str) -> bool:
     return setting == "fusion" or "scenes" not in ARMS[arm]
 
 
-def best_rate(results: Sequence[Mapping[str, Any]], arm: str = "NTP") -> float | None:
-    """The rate at which plain training, or a judge without pictures, ends best; None before all were tried."""
-    rates, seed = (BLIND_RATES, JUDGES[0]) if arm == BLIND else (RATES, SEEDS[0])
+def judges(setting: str, best: Mapping[str, float | None]) -> list[Job]:
+    """Plain models with pictures and without, a pair a seed; `best` has the rates of both."""
+    return [Job(setting, arm, rate, seed) for seed in JUDGES for arm, rate in best.items() if rate is not None]
+
+
+def best_rate(results: Sequence[Mapping[str, Any]], arm: str) -> float | None:
+    """The rate of `RATES` at which an arm ends best; None before all were tried."""
+    seed, rates = RATES[arm]
     tried = {one["rate"]: one["held_out"] for one in results if one["arm"] == arm and one["seed"] == seed}
     return min(tried, key=lambda rate: tried[rate]) if set(rates) <= tried.keys() else None
 

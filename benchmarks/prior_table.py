@@ -1,6 +1,8 @@
 """What the runs of `benchmarks.prior` show, as tables in Markdown and, with a path, as a plot.
 
-python -m benchmarks.prior_table FOLDER … [--plot PLOT.png]      one folder for each setting
+The losses of single words, from which it is computed, lie in FOLDER/measured and not in prior.jsonl.
+
+    python -m benchmarks.prior_table FOLDER … [--plot PLOT.png]      one folder for each setting
 """
 
 from __future__ import annotations
@@ -18,15 +20,18 @@ from benchmarks.prior import (
     BLIND,
     DROP,
     FOLDS,
-    JUDGES,
+    PLAIN,
+    RATES,
     SEEDS,
     Job,
     best_rate,
     is_of,
+    judges,
     plain_of,
     results_of,
     setting_of,
 )
+from mm.evaluate.intervals import clustered_interval
 
 
 @dataclass(frozen=True)
@@ -51,19 +56,6 @@ class HeldOut:
             unknown = np.full(len(nll), np.nan)
             right, divided = (np.asarray(file.get(name, unknown), np.float64) for name in ("right", "divided"))
             return cls(nll, np.repeat(np.arange(len(sizes)), sizes), right, divided)
-
-
-def interval(differences: np.ndarray, caption: np.ndarray, resamples: int = 2000) -> tuple[float, float]:
-    """95 % interval of a mean over tokens, by a bootstrap over captions.
-
-    Args:
-        differences: (n,) of two runs, token by token.
-    """
-    sums = np.bincount(caption, differences)
-    counts = np.bincount(caption)
-    drawn = np.random.default_rng(0).integers(0, len(sums), (resamples, len(sums)))
-    means = sums[drawn].sum(1) / counts[drawn].sum(1)
-    return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
 
 
 @dataclass(frozen=True)
@@ -99,22 +91,16 @@ class Comparison:
         self.folder, self.setting = folder, setting_of(folder)
         self.results = [one for one in results_of(folder) if one["arm"] != "reference"]
         self.done = {Job.of(one): one for one in self.results}
-        rate, blind_rate = best_rate(self.results), best_rate(self.results, BLIND)
-        judges = {
-            arm: [Job(self.setting, arm, best or 0.0, seed) for seed in JUDGES]
-            for arm, best in (("NTP", rate), (BLIND, blind_rate))
-        }
-        if (
-            rate is None
-            or blind_rate is None
-            or not {one for jobs in judges.values() for one in jobs} <= self.done.keys()
-        ):
+        best = {arm: best_rate(self.results, arm) for arm in RATES}
+        pairs = judges(self.setting, best)
+        if (rate := best[PLAIN]) is None or None in best.values() or not set(pairs) <= self.done.keys():
             raise SystemExit("the runs that choose the learning rates, or the judges, are missing; go on with `sweep`")
-        self.rate, self.blind_rate = rate, blind_rate
-        self.plain = self.of("NTP")
-        blind, seeing = ([HeldOut.read(folder, job).nll for job in judges[arm]] for arm in (BLIND, "NTP"))
-        self.blind = blind
-        self.saved = [without - having for without, having in zip(blind, seeing, strict=True)]
+        self.rate, self.blind_rate = rate, best[BLIND]
+        self.plain = self.of(PLAIN)
+        seeing, self.blind = (
+            [HeldOut.read(folder, job).nll for job in pairs if job.arm == arm] for arm in (PLAIN, BLIND)
+        )
+        self.saved = [without - having for without, having in zip(self.blind, seeing, strict=True)]
         self.related = np.mean(self.saved, axis=0) >= DROP
 
     def job(self, arm: str, seed: int) -> Job:
@@ -145,7 +131,10 @@ class Comparison:
             return None
         differences = [(one.nll - plain[seed].nll)[mask] for seed, one in losses.items()]
         caption = next(iter(losses.values())).caption[mask]
-        return Change([float(one.mean()) for one in differences], *interval(np.mean(differences, axis=0), caption))
+        return Change(
+            [float(one.mean()) for one in differences],
+            *clustered_interval(np.mean(differences, axis=0), caption, seed=0),
+        )
 
     def row(self, arm: str) -> list[str] | None:
         """Cells as in `HEADER`; None before a run is done."""

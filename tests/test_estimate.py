@@ -9,13 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from mm.configure import RecipeError, derive
 from mm.model.decoder import Decoder
 from mm.model.hub import save_decoder
 from mm.model.multimodal import DecoderOptions, ModelOptions, build_model
 from mm.train.estimate import CONTEXT, GPUS, Estimate, gpu_named, largest_micro_batch, ways_out
-from mm.train.footprint import Footprint, footprint, full_batch
+from mm.train.footprint import Footprint, footprint, full_batch, head_beyond_cpu
 from mm.train.recipe import Recipe
 from tests.small_world import DECODER, environment
 
@@ -261,3 +262,18 @@ def test_recipes_for_gpus_load_and_build_their_model_without_the_hub(name: str) 
     expected = {"open": 1.54e9, "qwen": 7.61e9, "smol": 135e6}[name[:4]]
     assert parameters == pytest.approx(expected, rel=0.01)
     assert all(source.card.startswith("cards/YOUR-") for source in chosen.data.sources.values())
+
+
+@pytest.mark.parametrize(
+    ("labels", "width", "dtype", "expected"),
+    [
+        (2000, 64, torch.float32, 4 * 1000 * (512 - 384)),
+        (2000, 2048, torch.float32, 4 * 1000 * (1024 - 384)),
+        (400, 64, torch.float32, 4 * 1000 * (400 - 384)),
+        (100, 64, torch.float32, 0),
+        (2000, 64, torch.bfloat16, 4 * 1000 * (512 - 384 - 64)),
+        (2000, 2048, torch.bfloat16, 0),
+    ],
+)
+def test_the_head_on_a_gpu_has_larger_chunks_and_no_wider_weight(labels, width, dtype, expected) -> None:
+    assert head_beyond_cpu(labels, 1000, width, dtype) == expected

@@ -200,6 +200,8 @@ def _loss_and_gradients(
         logits = _product(states, weight.T, out=buffer[: len(states)])
         wanted = weight.dtype if hidden_wanted or weight_wanted else None
         gradient = to_gradient(logits, labels[rows], weights[rows], said.of(rows), terms, wanted)
+        if gradient is None:
+            continue
         if grad_hidden is not None:
             grad_hidden[rows] = gradient @ weight
         if grad_weight is not None:
@@ -212,8 +214,8 @@ def _loss_and_gradients(
 
 def logits_to_gradient(
     logits: Tensor, labels: Tensor, weights: Tensor, said: Said, terms: Terms, dtype: torch.dtype | None
-) -> Tensor:
-    """∂total/∂logits of a chunk, in the memory of its logits if these have the dtype.
+) -> Tensor | None:
+    """(C, V) ∂total/∂logits of a chunk, in the memory of its logits if these have the dtype; None where not wanted.
 
         ∂total/∂logit_v = w · ((1 + 2 z lse) · softmax_v − (1 − ε) · [v = label] − [v < R] · ε / R), R the real ids
 
@@ -221,7 +223,7 @@ def logits_to_gradient(
         logits: (C, V), overwritten.
         labels, weights: (C,)
         said: (C,) each, written.
-        dtype: of the gradient; None where none is wanted, and what is returned is of no use.
+        dtype: of the gradient; None: none is wanted.
     """
     label = labels[:, None]
     target = logits.gather(1, label).squeeze(1)
@@ -232,7 +234,7 @@ def logits_to_gradient(
     torch.add(denominator.log(), largest.squeeze(1), out=said.lse)
     torch.sub(said.lse, target, out=said.nll)
     if dtype is None:
-        return logits
+        return None
     gradient = logits.mul_((weights * (1 + 2 * terms.z_loss * said.lse) / denominator)[:, None])
     if terms.label_smoothing:
         gradient[:, : terms.real].sub_((weights * terms.label_smoothing / terms.real)[:, None])
@@ -241,8 +243,8 @@ def logits_to_gradient(
 
 
 @lru_cache(maxsize=1)
-def _by_kernel() -> Callable[[Tensor, Tensor, Tensor, Said, Terms, torch.dtype | None], Tensor]:
-    """`logits_to_gradient` as a kernel, or as it is, with a warning, where no kernel can be compiled."""
+def _by_kernel() -> Callable[[Tensor, Tensor, Tensor, Said, Terms, torch.dtype | None], Tensor | None]:
+    """`logits_to_gradient` as a kernel, or as it is, with a warning, where the kernel cannot be used."""
     try:
         from mm.layers.cross_entropy_kernel import logits_to_gradient as by_kernel
 
@@ -250,8 +252,8 @@ def _by_kernel() -> Callable[[Tensor, Tensor, Tensor, Said, Terms, torch.dtype |
         by_kernel(logits, weights.long(), weights, Said(*said), Terms(0.0, 0.0, 2), torch.bfloat16)
     except Exception as error:
         logger.warning(
-            "the loss's kernel cannot be compiled here, and torch's operations take its place: slower, the same "
-            "result. Triton needs a C compiler (apt install gcc): %s",
+            "the loss's kernel cannot be used here, and torch's operations take its place: slower, the same result. "
+            "Triton has to be installed and needs a C compiler (apt install gcc): %s",
             error,
         )
         return logits_to_gradient

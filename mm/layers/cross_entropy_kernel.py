@@ -26,13 +26,13 @@ BLOCK, WARPS = 4096, 8
 
 def logits_to_gradient(
     logits: Tensor, labels: Tensor, weights: Tensor, said: Said, terms: Terms, dtype: torch.dtype | None
-) -> Tensor:
+) -> Tensor | None:
     """As `mm.layers.cross_entropy.logits_to_gradient`, for contiguous float32 logits and a dtype of 4 or 2 bytes.
 
     A label that is no row of the head gives a loss that is NaN, where torch's operations raise an error.
 
     Returns:
-        (C, V) the gradient, in the memory of the logits in any case; of rows 4 V bytes apart.
+        (C, V) the gradient, in the memory of the logits in any case; its rows are 4 V bytes apart.
     """
     rows, vocabulary = logits.shape
     gradient = logits.view(dtype or logits.dtype)[:, :vocabulary]
@@ -53,7 +53,7 @@ def logits_to_gradient(
         block=BLOCK,
         num_warps=WARPS,
     )
-    return gradient
+    return gradient if dtype else None
 
 
 @triton.jit

@@ -8,7 +8,7 @@ for the backward, computed again or gathered is what the code does. It differs f
 corrected:
 
 - RMS norms in 16 bits have no fused kernel on a CPU (`fused_norms`);
-- the head works on chunks of the CPU's size and precision (`_head_beyond_cpu`);
+- the head works on chunks of the CPU's size and precision (`head_beyond_cpu`);
 - what `parallel.offload` moves to the host's memory stands in that of the device (`_without_offloaded`);
 - attention takes the CPU's fused kernel, which keeps what FlashAttention keeps, and a copy of the output in order;
 - blocks are not compiled, with `parallel.compile` neither;
@@ -132,7 +132,8 @@ def footprint(recipe: Recipe, gpus: int) -> Footprint:
         if part != "head":
             parts[f"activations of {part}"] = min(size, activations)
             activations -= min(size, activations)
-    parts[HEAD] = activations + _head_beyond_cpu(model, batch, compute_dtype(recipe.precision))
+    config, dtype = model.decoder.config, compute_dtype(recipe.precision)
+    parts[HEAD] = activations + head_beyond_cpu(len(batch.labels), config.vocabulary, config.width, dtype)
     parts["batches"] = micro_steps * batch_bytes(batch)
     return Footprint(parts, kept, flops)
 
@@ -375,15 +376,13 @@ def _without_offloaded(parts: Mapping[str, int], sharded: bool) -> dict[str, int
     return {name: 0 if name in offloaded else size for name, size in parts.items()}
 
 
-def _head_beyond_cpu(model: MultimodalLM, batch: Batch, dtype: torch.dtype) -> int:
+def head_beyond_cpu(labels: int, vocabulary: int, width: int, dtype: torch.dtype) -> int:
     """Bytes that the head takes on a GPU beyond those on a CPU, see `mm.layers.cross_entropy`.
 
     A chunk is larger. In 16 bits a CPU widens the weight, and a GPU, whose products are wider than their operands, does
     not; a chunk's gradient lies in the memory of its logits.
     """
-    config, labels = model.decoder.config, len(batch.labels)
-    chunk, chunk_on_cpu = (min(default_chunk(device, config.width), labels) for device in ("cuda", "cpu"))
-    beyond = 4 * (chunk - chunk_on_cpu) * config.vocabulary
+    on_gpu, on_cpu = (4 * vocabulary * min(default_chunk(device, width), labels) for device in ("cuda", "cpu"))
     if dtype != torch.float32:
-        beyond -= 4 * config.vocabulary * config.width
-    return max(0, beyond)
+        on_cpu += 4 * vocabulary * width
+    return max(0, on_gpu - on_cpu)
