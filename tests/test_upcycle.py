@@ -137,7 +137,10 @@ def staged(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "steps": 20,
             "model": {"decoder": {"config": two(auxiliary=True)}},
             "objective": {"_target_": "mm.objectives.routers.AuxiliaryRouters"},
-            "optim": {"lr": 5e-2, "parts": [{"match": "auxiliary"}, {"match": ".", "freeze": True}]},
+            # Tokens of point clouds are few and nearly alike, so what their routers learn from cancels to 1e-5. At the
+            # default eps Adam divides such a gradient by its own size, rounding included: a difference of 1e-7 between
+            # one process and two would grow a thousandfold in 15 steps, by how much depends on the processor.
+            "optim": {"lr": 5e-2, "eps": 1e-4, "parts": [{"match": "auxiliary"}, {"match": ".", "freeze": True}]},
         },
     ]
     path = tmp_path_factory.mktemp("staged") / "recipe.yaml"
@@ -207,6 +210,8 @@ def test_two_processes_go_through_the_stages_as_one_does(
 ) -> None:
     """Auxiliary routers train inside of frozen blocks, whose outputs have no gradient that sharding could wait for."""
     train_together(tmp_path, 2, [[str(staged), f"run={tmp_path / 'run'}", option]])
+    chosen = "tokens_without_expert"  # of step 5, where experts choose: numbers are compared only where choices agree
+    assert losses(tmp_path / "run", chosen)[5] == losses(whole, chosen)[5]
     for figure in ("loss", "loss/routers"):
-        assert losses(tmp_path / "run", figure) == pytest.approx(losses(whole, figure), rel=1e-4)
-    assert losses(tmp_path / "run", "gradient_norm") == pytest.approx(losses(whole, "gradient_norm"), rel=1e-3)
+        assert losses(tmp_path / "run", figure) == pytest.approx(losses(whole, figure), rel=1e-5)
+    assert losses(tmp_path / "run", "gradient_norm") == pytest.approx(losses(whole, "gradient_norm"), rel=1e-4)
