@@ -14,9 +14,14 @@ from typing import NamedTuple
 import pytest
 import torch
 from filelock import FileLock
+from hypothesis import HealthCheck, settings
 
 from mm.tokenizers.text import TextTokenizer
 from tests.small_world import FORMS, fork_run, train_here, train_together, write_recipe, write_source, write_tokenizer
+
+# How long an example takes is a matter of the machine and of what else runs there; pytest's timeout ends hangs.
+settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
+settings.load_profile("suite")
 
 LONG = ("steps=200", "save_every=100", "validate_every=100", "packing.batch=2")
 

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 
-def wait_until(condition: Callable[[], Any], seconds: float = 20) -> None:
+def wait_until(condition: Callable[[], Any], seconds: float = 240) -> None:
+    """Wait for what happens at once on a quiet machine; the limit only ends a hang, before pytest would."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"

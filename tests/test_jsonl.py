@@ -127,7 +127,7 @@ def test_text_becomes_a_document_that_is_learned_whole(tmp_path: Path, tokenizer
     assert all(piece.loss for piece in pieces)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None)
 @given(
     st.lists(
         st.one_of(
@@ -149,7 +149,7 @@ def test_any_objects_come_back_from_their_places(tmp_path: Path, contents: list[
     assert [shard.read(one.place).fields for one in reversed(scanned)] == records[::-1]
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None)
 @given(st.binary(max_size=60))
 def test_any_bytes_give_records_or_reasons(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "any.jsonl"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from mm.packing.source import Source
 from mm.packing.windows import PlanReader
 from mm.train.recipe import Recipe
 from mm.train.stages import open_stages
+from tests.processes import wait_until
 from tests.shard_files import write_card, write_tar
 from tests.small_world import losses, seen, train_here, train_together, words, write_recipe, write_source
 from tests.test_plan import OPTIONS, files, rows_of, source
@@ -95,10 +95,12 @@ def test_packs_are_planned_ahead_in_the_background(tmp_path: Path) -> None:
     plan = Plan.open(tmp_path, [source()], OPTIONS, seed=0)
     plan.ensure_ahead(300)
     reader = PlanReader(tmp_path, 8)
-    deadline = time.monotonic() + 60
-    while reader.planned < 300 and time.monotonic() < deadline:
+
+    def planned() -> bool:
         reader.refresh()
-        time.sleep(0.01)
+        return reader.planned >= 300
+
+    wait_until(planned)
     other = Plan.open(tmp_path.with_name("other"), [source()], OPTIONS, seed=0)
     other.ensure(300)
     assert reader.planned == other.planned

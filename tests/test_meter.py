@@ -95,6 +95,7 @@ def test_fill_tokens_norm_and_rate():
 
 
 def test_time_counts_phases_and_the_rest_but_not_what_is_paused():
+    began = time.monotonic()
     m = meter()
     m.add_batch(100, 100, {})
     with m.timed("data"):
@@ -110,7 +111,7 @@ def test_time_counts_phases_and_the_rest_but_not_what_is_paused():
     figures = m.report()
 
     seconds = 2 * figures["seconds_per_step"]
-    assert 0.18 <= seconds < 0.4
+    assert 0.18 <= seconds <= time.monotonic() - began - 0.5
     spent = {name.removeprefix("time/"): seconds * share for name, share in figures.items() if name[:5] == "time/"}
     assert spent.keys() == {"data", "sync", "forward", "backward", "optimizer", "rest"}
     assert sum(spent.values()) == pytest.approx(seconds)

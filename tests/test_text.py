@@ -150,7 +150,7 @@ fragments = st.lists(
 
 
 @given(text=fragments)
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None)
 def test_no_words_become_special_tokens(families: dict[str, tuple[TextTokenizer, Any]], text: str) -> None:
     for tokenizer, reference in families.values():
         assert not set(tokenizer.encode(text)) & (set(reference.all_special_ids) - {reference.unk_token_id})
@@ -285,7 +285,9 @@ words = st.text("aeit .,!?\n'12ö<|>😀", min_size=1, max_size=12).map(str.stri
 
 
 @given(first=words, second=words, third=words)
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=50)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None, max_examples=50
+)
 def test_ids_and_masks_equal_those_of_transformers_for_any_words(
     families: dict[str, tuple[TextTokenizer, Any]], first: str, second: str, third: str
 ) -> None:
