@@ -163,7 +163,7 @@ def run(name: str, arguments: Sequence[str], folder: Path, state: str) -> Result
 def read_report(report: Path, status: int, state: str, minutes: float) -> Result:
     """The result of a run of pytest that ended with a status and wrote a report, or none."""
     if status not in (0, 1) or not report.exists():
-        return Result(state, 0, 0, 0, minutes, [f"pytest ended with status {status}: see {report.with_suffix('.log')}"])
+        return Result(state, 0, 1, 0, minutes, [f"pytest ended with status {status}: see {report.with_suffix('.log')}"])
     passed = skipped = 0
     failures = []
     for case in ElementTree.parse(report).iter("testcase"):
