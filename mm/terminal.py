@@ -22,6 +22,7 @@ import rich.console
 import rich.progress
 from rich.console import ConsoleOptions, OverflowMethod, RenderableType
 from rich.progress import BarColumn, ProgressColumn, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.protocol import is_renderable
 from rich.segment import Segment
 from rich.style import Style
 from rich.text import Text
@@ -70,6 +71,10 @@ class Console(rich.console.Console):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, emoji=False, highlight=False, **options)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print objects; one that is not made for rich, such as a path, is the `str` of it."""
+        super().print(*(each if is_renderable(each) else str(each) for each in objects), **options)
 
     def render_str(
         self,

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from rich import progress
+from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.profiler import record_function
 
@@ -370,11 +370,11 @@ class Progress:
         console = console or terminal.console
         columns = (
             "step",
-            progress.BarColumn(),
-            progress.MofNCompleteColumn(),
-            progress.TimeElapsedColumn(),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
             "left",
-            progress.TimeRemainingColumn(),
+            TimeRemainingColumn(),
         )
         self._total = total
         self._bar = terminal.Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
