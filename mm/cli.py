@@ -7,18 +7,18 @@ if not __package__:
 
 import os
 import sys
+import traceback
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 import yaml
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from mm import configure
+from mm import configure, terminal
 from mm.configure import RecipeError
+from mm.terminal import console, errors, paragraph, printable, styled
 
 if TYPE_CHECKING:
     from mm.data.cache import ShardCache
@@ -36,8 +36,6 @@ checkpoint_app = typer.Typer(no_args_is_help=True, help="Checkpoints of a run: l
 app.add_typer(checkpoint_app, name="checkpoint")
 data_app = typer.Typer(no_args_is_help=True, help="Shards and cards: build, look at samples.")
 app.add_typer(data_app, name="data")
-console = Console()
-errors = Console(stderr=True)
 
 
 @app.callback()
@@ -57,7 +55,7 @@ def list_presets(
         if presets and folder in (None, name, f"{name}/"):
             table = Table("preset", "what it is", title=name, title_justify="left", expand=False)
             for preset in presets:
-                table.add_row(preset.path, escape(preset.description))
+                table.add_row(preset.path, preset.description)
             console.print(table)
 
 
@@ -65,8 +63,8 @@ def list_presets(
 def show_preset(path: Annotated[str, typer.Argument(help="such as encoders/siglip.yaml")]) -> None:
     """The content of a preset, and where it lies."""
     file = configure.find_preset(path)
-    typer.echo(f"# {file}", err=True)
-    typer.echo(file.read_text(encoding="utf-8"), nl=False)
+    errors.print(f"# {file}", soft_wrap=True)
+    console.print(paragraph(file.read_text(encoding="utf-8")), soft_wrap=True, end="")
 
 
 @preset_app.command("copy")
@@ -80,7 +78,7 @@ def copy_preset(
         raise RecipeError(f"{target} exists already; name another file, or remove it first")
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(source.read_bytes())
-    typer.echo(f"{source} → {target}")
+    console.print(f"{source} → {target}", soft_wrap=True)
 
 
 # -------------------------------------------------------------------------------------------------------------- cache
@@ -171,7 +169,7 @@ def train(
     # Under torchrun, whoever fails first is named, with its traceback, among those that fail because of it.
     checkpoint = record(train_recipe)(Recipe.load(recipe, overrides or []), steps)  # None where it was asked to stop
     if checkpoint and local_world()[0] == 0:
-        console.print(f"[bold]done[/bold], the last checkpoint is {checkpoint}", soft_wrap=True)
+        console.print(styled(("done", "bold"), f", the last checkpoint is {checkpoint}"), soft_wrap=True)
 
 
 @app.command()
@@ -234,10 +232,7 @@ def doctor(
 
     options = LookOptions(capacity, tokenizer, image_tokens, parameters, seconds, samples)
     for part in look(shards, options, open_cache(cache, cache_folder)).report():
-        if isinstance(part, str):
-            typer.echo(part)
-        else:
-            console.print(part)
+        console.print(paragraph(part) if isinstance(part, str) else part, soft_wrap=isinstance(part, str))
 
 
 @app.command()
@@ -283,9 +278,10 @@ def verify_checkpoint(path: Checkpoint) -> None:
 
     verified = verify(path)
     for finding in verified.findings:
-        console.print(finding, markup=False, highlight=False, soft_wrap=True)
-    verdict = f"[red]{len(verified.findings)} wrong[/red]" if verified.findings else "[green]sound[/green]"
-    console.print(f"{verdict}: {verified.entries:,} entries, {verified.size / 1e6:,.1f} MB in {path}", soft_wrap=True)
+        console.print(finding, soft_wrap=True)
+    verdict = (f"{len(verified.findings)} wrong", "red") if verified.findings else ("sound", "green")
+    held = f": {verified.entries:,} entries, {verified.size / 1e6:,.1f} MB in {path}"
+    console.print(styled(verdict, held), soft_wrap=True)
     raise typer.Exit(1 if verified.findings else 0)
 
 
@@ -345,8 +341,6 @@ def evaluate(
     device: Device = "auto",
 ) -> None:
     """Score a model on a multiple-choice suite, by likelihood and in words, with its controls."""
-    from rich.progress import Progress
-
     from mm.evaluate import Options, read_suite
     from mm.evaluate import evaluate as run_suite
     from mm.evaluate.model import ModelAnswerer
@@ -356,14 +350,14 @@ def evaluate(
 
     trained = load_trained(run)
     options = Options(generation_questions=generate, about={"checkpoint": str(run), **versions()})
-    with Progress(console=console) as progress:
+    with terminal.Progress(console=console) as progress:
         tokenizers = build_tokenizers(trained.recipe.model)
         answerer = ModelAnswerer(trained.model, trained.processor, tokenizers, device_named(device))
         results = run_suite(read_suite(suite), answerer, options, progress)
+    folder = out or run / "eval" / suite.stem
+    results.save(folder)  # before anything is printed, which may fail
     for table in results.tables():
         console.print(table)
-    folder = out or run / "eval" / suite.stem
-    results.save(folder)
     console.print(f"{folder} holds results.json and answers.jsonl")
 
 
@@ -401,7 +395,7 @@ def generate(
     )
     if not pictures:
         question = Prompt(image.read_bytes() if image else None, prompt)
-        console.print(answerer.generate([question], max_tokens)[0], markup=False)
+        console.print(paragraph(answerer.generate([question], max_tokens)[0]), soft_wrap=True)
         return
     from mm.media import ImageFacts
     from mm.model.images import generate_images
@@ -435,7 +429,7 @@ def index(
     from mm.data.index import index_card
 
     rows = index_card(load_card(card, cache, cache_folder), split, folder.expanduser(), processes)
-    console.print(rows.summary(), highlight=False)
+    console.print(paragraph(rows.summary(), indent="  "), soft_wrap=True)
 
 
 @data_app.command("build")
@@ -457,7 +451,7 @@ def build_shards(
     for split, samples in built.samples.items():
         console.print(f"{split}: {samples:,} samples")
     for reason, count in built.skipped.most_common():
-        console.print(f"left out: {count:,} × {reason}")
+        console.print(f"left out: {count:,} × {reason}", soft_wrap=True)
     console.print(f"{out} holds the shards and their card")
 
 
@@ -486,7 +480,6 @@ def tokenize_data(
     console.print(
         f"{rows.card.name}/{split}: {found.items:,} items in {rows.rows:,} samples are {found.codes:,} codes; "
         f"{found.broken:,} could not be decoded",
-        highlight=False,
         soft_wrap=True,
     )
 
@@ -518,7 +511,7 @@ def score_data(
     rows = index_card(load_card(card, cache, cache_folder), split, folder.expanduser(), processes)
     built.prepare(rows)
     score_index(rows, built, batch, processes)
-    console.print(built.told(rows), highlight=False, soft_wrap=True)
+    console.print(paragraph(built.told(rows)), soft_wrap=True)
 
 
 @data_app.command("bpe")
@@ -558,19 +551,20 @@ def show_sample(
 
     rows = index_card(load_card(card, cache, cache_folder), split, folder.expanduser())
     sample = rows.sample(row)
-    console.print(f"[bold]{escape(sample.key)}[/bold], row {row} of {rows.rows} in {escape(sample.source)}/{split}")
+    where = f", row {row} of {rows.rows} in {sample.source}/{split}"
+    console.print(styled((printable(sample.key), "bold"), where), soft_wrap=True)
     for number, part in enumerate(sample.parts):
         role = f"{part.role}: " if part.role else ""
         if isinstance(part, Text):
-            console.print(f"{role}{part.text!r}" + ("" if part.loss else "  (no loss)"), markup=False)
+            console.print(f"{role}{part.text!r}" + ("" if part.loss else "  (no loss)"))
             continue
         assert isinstance(part, MediaPart)  # codes are in columns, not in shards
-        console.print(f"{role}{part.modality.label} {media.facts(part)}, {len(part.data):,} bytes", markup=False)
+        console.print(f"{role}{part.modality.label} {media.facts(part)}, {len(part.data):,} bytes")
         if save is not None:
             save.mkdir(parents=True, exist_ok=True)
             target = save / f"{row:06d}-{number}.{media.extension(part)}"
             target.write_bytes(part.data)
-            console.print(f"  written to {target}", markup=False)
+            console.print(f"  written to {target}")
 
 
 @data_app.command("check")
@@ -592,14 +586,15 @@ def check_data(
         console.print(table)
     statistics = merged(report.card, report.statistics)
     if not write:
-        console.print(as_yaml(statistics), markup=False, highlight=False, soft_wrap=True, end="")
+        console.print(paragraph(as_yaml(statistics)), soft_wrap=True, end="")
         console.print("(--write puts these statistics into the card)")
     elif write_statistics(report.card.path, statistics):
         console.print(f"{card} has the new statistics; the comments that stood among the old ones are gone")
     else:
         console.print(f"{card} has the new statistics")
     wrong, notes = (sum(finding.wrong is kind for finding in report.findings) for kind in (True, False))
-    console.print(f"{'[green]sound[/green]' if report.sound else f'[red]{wrong} wrong[/red]'}, {notes} to know")
+    verdict = ("sound", "green") if report.sound else (f"{wrong} wrong", "red")
+    console.print(styled(verdict, f", {notes} to know"))
     raise typer.Exit(0 if report.sound else 1)
 
 
@@ -616,12 +611,11 @@ def drop_samples(
     """Leave samples out of every new plan. A file beside the card lists them; shards stay as they are."""
     from mm.data.drops import drop, dropped_rows, drops_file
     from mm.data.index import index_card
-    from mm.data.labels import printable
 
     rows = index_card(load_card(card, cache, cache_folder), split, folder.expanduser())
     changed = drop(rows, samples, undo) if samples else dropped_rows(rows).nonzero()[0].tolist()
     for row in changed:
-        console.print(f"{printable(rows.key[row].as_py())}, row {row}", highlight=False)
+        console.print(f"{printable(rows.key[row].as_py())}, row {row}")
     done = ("taken back in" if undo else "dropped") if samples else "dropped so far"
     left_out = int(dropped_rows(rows).sum())
     console.print(f"{len(changed):,} {done}; {left_out:,} of {rows.rows:,} are left out by {drops_file(rows.card)}")
@@ -631,15 +625,18 @@ def main() -> None:
     """Entry point. Mistakes in a recipe or its data are a sentence and exit status 2, not a traceback."""
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # a user's own encoders; last, so that no file there hides a library
+    terminal.replace_what_cannot_be_encoded()
     try:
         app()
-    except (ValueError, RuntimeError, FileNotFoundError) as error:
+    except Exception as error:
         if not _speaks_for_itself(error):
-            raise
-        errors.print(f"[red]{type(error).__name__}[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
+            errors.print(paragraph(traceback.format_exc(), indent="  "), soft_wrap=True)
+            raise SystemExit(1) from None
+        errors.print(styled((type(error).__name__, "red")), paragraph(str(error), indent="  "), soft_wrap=True)
         raise SystemExit(2) from None
 
 
 def _speaks_for_itself(error: Exception) -> bool:
     """Whether the suite raised it on purpose: its message says what to do, and a traceback would hide that."""
-    return type(error).__module__.partition(".")[0] == "mm" or isinstance(error, FileNotFoundError)
+    on_purpose = isinstance(error, ValueError | RuntimeError) and type(error).__module__.partition(".")[0] == "mm"
+    return on_purpose or isinstance(error, FileNotFoundError)

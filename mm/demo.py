@@ -12,8 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import Progress
 
 from mm import configure, media
 from mm.data.card import Card
@@ -23,6 +21,7 @@ from mm.model.multimodal import MultimodalLM
 from mm.report.packs import view_packs
 from mm.report.run import Stage, run_page
 from mm.sample import Image, Modality
+from mm.terminal import Console, Progress, styled
 from mm.train.export import export_run, load_trained
 from mm.train.loop import train
 from mm.train.memory import local_device
@@ -71,9 +70,8 @@ def run_demo(folder: Path, overrides: Sequence[str], console: Console) -> Path:
     packs = [view for recipe in recipes for view in view_packs(recipe, step=0, shown=2)]
     report.write_text(run_page("The mm demo", stages, suite, results, packs), encoding="utf-8")
     minutes = (time.monotonic() - started) / 60
-    console.print(
-        f"[bold]{minutes:.1f} minutes[/bold]. Look at {report}; the figures are in {folder / 'results.json'}."
-    )
+    where = f". Look at {report}; the figures are in {folder / 'results.json'}."
+    console.print(styled((f"{minutes:.1f} minutes", "bold"), where))
     return report
 
 

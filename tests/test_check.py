@@ -20,9 +20,9 @@ from mm.cli import app
 from mm.data.card import Card, CardError
 from mm.data.check import Finding, Report, check_card, licence_findings
 from mm.data.duplicates import equal_groups, near_pairs
-from mm.data.labels import printable
 from mm.data.statistics import write_statistics
 from mm.media import hamming
+from mm.terminal import printable
 from tests.shard_files import as_json, write_card, write_tar
 from tests.small_world import FORMS, picture, recording, write_source
 
@@ -252,7 +252,7 @@ def test_the_embedded_corpus_is_sound() -> None:
 
 
 def test_a_key_cannot_move_the_cursor_or_style_the_terminal(tmp_path: Path) -> None:
-    assert printable("a\x1b[2Jb\n[red]c", 20) == "a�[2Jb�\\[red]c"
+    assert printable("a\x1b[2Jb\n[red]c", 20) == "a�[2Jb�[red]c"
     chat = as_json([{"from": "nobody\x1b[31m", "value": "one"}])
     write_tar(tmp_path / "a.tar", [("k\x1b[2J.json", chat), ("w.json", chat), ("w.wav", recording(1))])
     card = write_card(tmp_path, ["a.tar"], FORMS["chats"])

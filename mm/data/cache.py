@@ -17,7 +17,6 @@ import errno
 import fcntl
 import hashlib
 import json
-import logging
 import os
 import re
 import threading
@@ -33,6 +32,7 @@ from typing import IO, Generic, NamedTuple, TypeVar
 
 from filelock import FileLock, Timeout
 
+from mm import terminal
 from mm.data.shards import (
     PinnedFile,
     RemoteFile,
@@ -44,7 +44,7 @@ from mm.data.shards import (
     check_unchanged,
 )
 
-logger = logging.getLogger(__name__)
+logger = terminal.logger(__name__)
 
 T = TypeVar("T")
 

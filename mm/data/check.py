@@ -21,13 +21,15 @@ from functools import cached_property
 
 import numpy as np
 from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
+from rich.console import Group
 from rich.table import Table
 
 from mm.data.card import Card, CardError
 from mm.data.duplicates import MOST_BITS, NEAR_BITS, NEAR_COLOURS, equal_groups, near_pairs
-from mm.data.labels import place_name, printable
+from mm.data.labels import place_name
 from mm.data.survey import Survey, survey_shards
 from mm.sample import Modality
+from mm.terminal import printable, styled
 
 SHOWN = 3
 """Samples that a line of the table names."""
@@ -126,9 +128,9 @@ class Report:
         table.add_column("number", justify="right")
         table.add_column("where: what, such as", overflow="fold")
         for finding in sorted(self.findings, key=lambda finding: not finding.wrong):
-            mark = "[red]wrong[/red]" if finding.wrong else "note"
-            lines = [f"{finding.where}: {finding.what}", *(f"[dim]{example}[/dim]" for example in finding.examples)]
-            table.add_row(mark, f"{finding.count:,}", "\n".join(lines))
+            mark = styled(("wrong", "red")) if finding.wrong else "note"
+            lines = [f"{finding.where}: {finding.what}", *(styled((one, "dim")) for one in finding.examples)]
+            table.add_row(mark, f"{finding.count:,}", Group(*lines))
         return table
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import logging
 import os
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
@@ -28,14 +27,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock
 
+from mm import terminal
 from mm.data.cache import Content, fetch_ahead
 from mm.data.card import Card
 from mm.data.passes import each_shard, read_stamp, write_table
 from mm.data.shards import Place, Scanned, Shard, ShardChanged, ShardFingerprint, ShardStat
 from mm.media import BrokenMedia, Facts, ImageFacts, PointFacts, SpeechFacts, facts
 from mm.sample import BrokenSample, Modality, Sample, Text
+from mm.terminal import printable
 
-logger = logging.getLogger(__name__)
+logger = terminal.logger(__name__)
 
 INDEX_VERSION = 1
 """Raised when the files of an index change their form, so that they are built anew."""
@@ -188,9 +189,11 @@ class Index:
         for shard, key, reason in zip(*(column.to_pylist() for column in self.errors.columns), strict=True):
             kind = reason.partition(":")[0]
             counts[kind] += 1
-            examples.setdefault(kind, f"{key!r} in {shard}: {reason}")
-        lines = [f"{self.card.name}/{self.split}: {self.rows} samples in {len(self.shards)} shards"]
-        lines += [f"  {count} x {kind}, first {examples[kind]}" for kind, count in counts.most_common(most)]
+            examples.setdefault(kind, f"{printable(repr(key))} in {printable(shard, 1000)}: {printable(reason, 300)}")
+        lines = [
+            f"{printable(self.card.name)}/{printable(self.split)}: {self.rows} samples in {len(self.shards)} shards"
+        ]
+        lines += [f"  {count} x {printable(kind)}, first {examples[kind]}" for kind, count in counts.most_common(most)]
         if dropped := sum(shard.dropped for shard in self.shards):
             lines.append(f"  {dropped} pictures that were not in their records are left out of pages (`missing: drop`)")
         return "\n".join(lines)

@@ -1,16 +1,10 @@
-"""Names out of shards as they may be shown in a terminal: they are untrusted, and could move its cursor."""
+"""Names out of shards as messages and tables show them."""
 
 from __future__ import annotations
 
 from pathlib import PurePosixPath
 
-from rich.markup import escape
-
-
-def printable(text: str, most: int = 100) -> str:
-    """The text on one line, cut to so many characters, without control characters and without rich markup."""
-    shown = "".join(letter if letter.isprintable() else "�" for letter in text[: most + 1])
-    return escape(shown if len(shown) <= most else f"{shown[: most - 1]}…")
+from mm.terminal import printable
 
 
 def place_name(shard: str, key: str) -> str:

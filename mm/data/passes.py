@@ -16,15 +16,9 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, TaskProgressColumn, TimeRemainingColumn
+
+from mm.terminal import Progress
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -99,8 +93,8 @@ def bar(label: str, total: float, wanted: bool = True) -> Iterator[Callable[[flo
         nonlocal shown
         if shown is None and wanted and time.monotonic() - started > 1:
             numbers = MofNCompleteColumn() if total > 1 else TaskProgressColumn()
-            columns = (TextColumn(label), BarColumn(), numbers, TimeRemainingColumn())
-            shown = stack.enter_context(Progress(*columns, console=Console(stderr=True)))
+            columns = ("{task.description}", BarColumn(), numbers, TimeRemainingColumn())
+            shown = stack.enter_context(Progress(*columns))
             shown.add_task(label, total=total)
         if shown is not None:
             shown.update(shown.task_ids[0], completed=min(done, total))

@@ -12,7 +12,6 @@ from __future__ import annotations
 import io
 import itertools
 import json
-import logging
 import mmap
 import os
 from collections.abc import Callable, Collection, Iterator
@@ -22,6 +21,7 @@ from typing import IO, Any
 
 import pyarrow as pa
 
+from mm import terminal
 from mm.data.cache import Content, Hold, NotKept, ShardCache, entry_name
 from mm.data.shards import (
     BATCH,
@@ -36,7 +36,7 @@ from mm.data.shards import (
     open_file,
 )
 
-logger = logging.getLogger(__name__)
+logger = terminal.logger(__name__)
 
 VERSION = 1
 """Raised when the files change their form, so that they are made anew."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
-import logging
 import os
 import re
 import shlex
@@ -33,7 +32,9 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-logger = logging.getLogger(__name__)
+from mm import terminal
+
+logger = terminal.logger(__name__)
 
 T = TypeVar("T")
 Place = tuple[int, int]

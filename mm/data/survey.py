@@ -17,8 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image as PillowImage
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn
 
 from mm import media
 from mm.data.card import Card
@@ -27,6 +26,7 @@ from mm.data.shards import Scanned, ShardChanged, ShardError
 from mm.data.sources.splits import colours_of
 from mm.media import BrokenMedia, PointFacts, SpeechFacts, Waveform
 from mm.sample import BrokenSample, MediaPart, Sample, Text
+from mm.terminal import Progress
 
 EXAMPLES = 20
 """Keys that are kept for each kind of problem of a shard."""
@@ -87,15 +87,15 @@ def survey_shards(card: Card, shards: Sequence[str], processes: int, progress: b
         else ThreadPoolExecutor(1, initializer=_begin, initargs=(counter,))
     )
     columns = (
-        TextColumn(f"checking {card.name}", markup=False),
+        "{task.description}",
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("shards, {task.fields[samples]:,} samples"),
+        "shards, {task.fields[samples]:,} samples",
         TimeElapsedColumn(),
     )
-    bar = Progress(*columns, console=Console(stderr=True), disable=not progress, transient=True)
+    bar = Progress(*columns, disable=not progress, transient=True)
     with executor as pool, bar:
-        task = bar.add_task("", total=len(shards), samples=0)
+        task = bar.add_task(f"checking {card.name}", total=len(shards), samples=0)
         pending: set[Future[Survey]] = set()
         futures = {pool.submit(survey, card, shard): shard for shard in shards}
         pending |= futures.keys()

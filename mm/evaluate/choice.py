@@ -12,10 +12,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from rich.progress import Progress
-
 from mm.evaluate.answerer import Answerer, Scored, ScoredQuestion
 from mm.evaluate.suite import Question, Rule
+from mm.terminal import Progress
 
 MOST_OPTIONS = 64
 """Options of one `ScoredQuestion`; more are asked in several."""

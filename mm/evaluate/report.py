@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import RenderableType
 from rich.table import Table
 
 from mm.evaluate.intervals import clustered_interval
+from mm.terminal import printable, styled
 
 Summary = dict[str, Any]
 FIGURES = {
@@ -76,7 +78,7 @@ class Results:
 
 def _write_whole(path: Path, text: str) -> None:
     part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
+    part.write_bytes(text.encode("utf-8", "backslashreplace"))  # which is how JSON spells a lone surrogate
     part.replace(path)
 
 
@@ -112,14 +114,14 @@ def by_group(right: np.ndarray, groups: Sequence[str]) -> dict[str, dict[str, fl
     }
 
 
-def _percent(summary: Summary, name: str) -> str:
+def _percent(summary: Summary, name: str) -> RenderableType:
     value = summary.get(name, summary["baselines"].get(name))
     if value is None:
         return "–"
     if name not in summary["intervals"]:
         return f"{100 * value:.1f}"
     low, high = summary["intervals"][name]
-    return f"{100 * value:.1f} [dim]({100 * low:.1f} to {100 * high:.1f})[/]"
+    return styled(f"{100 * value:.1f} ", (f"({100 * low:.1f} to {100 * high:.1f})", "dim"))
 
 
 def _figures(summary: Summary) -> Table:
@@ -139,5 +141,5 @@ def _figures(summary: Summary) -> Table:
 def _categories(summary: Summary) -> Table:
     table = Table("category", "questions", "accuracy")
     for name, found in summary["categories"].items():
-        table.add_row(name, str(found["questions"]), f"{100 * found['accuracy']:.1f}")
+        table.add_row(printable(name), str(found["questions"]), f"{100 * found['accuracy']:.1f}")
     return table

@@ -15,7 +15,6 @@ from importlib.metadata import version
 from typing import NamedTuple
 
 import numpy as np
-from rich.progress import Progress
 
 import mm
 from mm.evaluate import controls
@@ -27,6 +26,7 @@ from mm.evaluate.letters import RULES_OF, extract_letter
 from mm.evaluate.report import Answered, Results, by_group, summarise
 from mm.evaluate.suite import LETTERS, RULES, Question, Rule, Suite
 from mm.packing.hashing import shuffled
+from mm.terminal import Progress
 
 
 @dataclass(frozen=True)

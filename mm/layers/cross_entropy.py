@@ -10,7 +10,6 @@ the chunks: the forward leaves the gradients behind, and the backward only scale
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -19,7 +18,9 @@ import torch
 from torch import Tensor
 from torch._C._autograd import _get_current_graph_task_keep_graph as graph_is_kept
 
-logger = logging.getLogger(__name__)
+from mm import terminal
+
+logger = terminal.logger(__name__)
 
 
 class Losses(NamedTuple):

@@ -9,7 +9,6 @@ added, a sum over packs divided by Σ_t w_t.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mm import terminal
 from mm.configure import RecipeError
 from mm.layers.head_loss import Backend, HeadLoss
 from mm.model.multimodal import MultimodalLM
@@ -29,7 +29,7 @@ from mm.packing.batch import IGNORE, Batch
 from mm.packing.collate import Processor
 from mm.sample import Modality
 
-logger = logging.getLogger(__name__)
+logger = terminal.logger(__name__)
 
 EDGES = tuple(2.0**power for power in range(-5, 4))
 """Between the bins of token weights in what is reported."""

@@ -12,7 +12,6 @@ made.
 from __future__ import annotations
 
 import json
-import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -24,6 +23,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from filelock import FileLock
 
+from mm import terminal
 from mm.data.passes import bar
 from mm.packing.balance import side_by_side
 from mm.packing.fit import POLICIES, Packs, Policy, lower_bound
@@ -33,7 +33,7 @@ from mm.packing.source import Source, Unit
 from mm.packing.streams import ROW, Cursor, Stream, Taken, row_table
 from mm.packing.windows import PlanReader, Window, WindowFile, replacing
 
-logger = logging.getLogger(__name__)
+logger = terminal.logger(__name__)
 
 FORMAT = 3
 """Changes with anything that gives other packs or files for the same inputs."""

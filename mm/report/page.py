@@ -10,8 +10,8 @@ NARROW = "\u202f"  # thin space that does not break, between groups of digits an
 
 
 def render(template: str, **values: Any) -> str:
-    """A self-contained HTML page from a file in ``templates/``."""
-    return _ENVIRONMENT.get_template(template).render(**values)
+    """A self-contained HTML page from a file in ``templates/``. A ? is what UTF-8 has no code for, as in odd paths."""
+    return _ENVIRONMENT.get_template(template).render(**values).encode("utf-8", "replace").decode("utf-8")
 
 
 def thousands(value: float) -> str:

@@ -12,7 +12,6 @@ sample is scored by a model that did not see it. Equal words are in one fold, so
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from hashlib import blake2b
@@ -24,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from mm import configure
+from mm import configure, terminal
 from mm.configure import RecipeError
 from mm.data import columns
 from mm.data.columns import Row
@@ -41,7 +40,7 @@ from mm.train.export import load_trained, recipe_of
 from mm.train.loop import train
 from mm.train.recipe import Recipe
 
-logger = logging.getLogger(__name__)
+logger = terminal.logger(__name__)
 
 TOKENS = 8192
 """Of a batch that is scored at once; one document may be longer."""

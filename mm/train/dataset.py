@@ -7,7 +7,6 @@ Every process calls `open_data`; file locks let the first do the work and the ot
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock
 
+from mm import terminal
 from mm.configure import RecipeError
 from mm.data.index import fetch_rows_ahead
 from mm.layers.layout import WHOLE, Share
@@ -31,7 +31,7 @@ from mm.packing.windows import ReadTo
 from mm.train.recipe import Recipe, SourceOptions
 from mm.train.sources import Blueprint, OpenSource
 
-logger = logging.getLogger(__name__)
+logger = terminal.logger(__name__)
 
 AHEAD = 2
 """Windows that are planned ahead of training."""

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import yaml
-from rich.markup import escape
 from rich.table import Table
 
 from mm import configure
@@ -146,7 +145,7 @@ def _table(title: str, first: str, runs: tuple[Side, Side]) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column(first, overflow="fold")
     for name in _names(runs):
-        table.add_column(escape(name), overflow="fold")
+        table.add_column(name, overflow="fold")
     return table
 
 
@@ -168,7 +167,7 @@ def _differences(title: str, runs: tuple[Side, Side], first: Mapping[str, Any], 
         return table
     table = _table(f"{title}: {len(differing):,} of {len(keys):,} differ", "key", runs)
     for key in differing:
-        table.add_row(escape(key), *(_shown(side[key]) if key in side else _MISSING for side in (first, second)))
+        table.add_row(key, *(_shown(side[key]) if key in side else _MISSING for side in (first, second)))
     return table
 
 
@@ -182,8 +181,7 @@ def _number(value: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    text = "null" if value is None else value if isinstance(value, str) else json.dumps(value)
-    return escape("".join(letter if letter.isprintable() else "�" for letter in text))
+    return "null" if value is None else value if isinstance(value, str) else json.dumps(value)
 
 
 def _figures_table(runs: tuple[Side, Side]) -> Table:
@@ -211,7 +209,7 @@ def _add_row(table: Table, name: str, values: list[Any], format: str) -> None:
     first, second = values
     shown = [_MISSING if value is None else format.format(value) for value in values]
     known = _number(first) and _number(second) and first and math.isfinite(second / first)
-    table.add_row(escape(name), *shown, f"{second / first:.4g}" if known else "")
+    table.add_row(name, *shown, f"{second / first:.4g}" if known else "")
 
 
 def _parting_table(runs: tuple[Side, Side]) -> Table:
@@ -221,7 +219,7 @@ def _parting_table(runs: tuple[Side, Side]) -> Table:
     title = f"losses, at {len(common):,} steps that both report"
     table = Table("they differ", "first at step", title=title, title_justify="left")
     for name in _names(runs):
-        table.add_column(escape(name), overflow="fold")
+        table.add_column(name, overflow="fold")
     for name, tolerance in (("by a bit", 0.0), (f"by more than {TOLERANCE:g}, relative", TOLERANCE)):
         step = parting(first, second, tolerance)
         if step is None:

@@ -22,19 +22,19 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pyarrow as pa
 import yaml
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn
 from rich.table import Table
 
 from mm import configure, media
 from mm.data.cache import ShardCache
 from mm.data.card import Card, CardError
 from mm.data.guess import Field, Proposal, fields_of, propose
-from mm.data.labels import place_name, printable
+from mm.data.labels import place_name
 from mm.data.shards import ParquetShard, Place, Record, Scanned, Shard, is_remote, open_shard
 from mm.media import BrokenMedia, ImageFacts, SpeechFacts
 from mm.packing.fit import best_fit
 from mm.sample import BrokenSample, Sample, Text
+from mm.terminal import Progress, printable
 from mm.tokenizers.text import TextTokenizer, TokenizerOptions
 from mm.train.meter import datasheet_flops
 from mm.train.preview import spoken
@@ -147,7 +147,7 @@ class Look:
             "splits": {"train": {"shards": list(self.written)}},
             "sample": self.proposal.sample,
         }
-        remarks = "".join(f"# {_plain(remark)}\n" for remark in self.proposal.remarks)
+        remarks = "".join(f"# {printable(remark, 400)}\n" for remark in self.proposal.remarks)
         return remarks + yaml.safe_dump(card, sort_keys=False, allow_unicode=True, width=120)
 
     def _seen_table(self) -> Table:
@@ -347,9 +347,8 @@ def _read(seen: Look, count: Callable[[Sample], int], started: float, progress: 
     parts = min(number, SPREAD)
     quota = -(-options.samples // parts)
     begin, shares, sizes = time.monotonic(), 0.0, 0
-    columns = (TextColumn("looking"), BarColumn(), TextColumn("{task.fields[seen]:,} records"))
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not progress) as bar:
+    columns = ("looking", BarColumn(), "{task.fields[seen]:,} records")
+    with Progress(*columns, transient=True, disable=not progress) as bar:
         task = bar.add_task("", total=options.seconds, seen=0)
         for turn, which in enumerate(_spread(number)):
             left = options.seconds - (time.monotonic() - started)
@@ -460,8 +459,3 @@ def _histogram(title: str, values: np.ndarray, unit: str) -> Table:
     middle, most = np.median(values), values.max()
     table.caption, table.caption_justify = f"median {middle:,.4g}{unit}, largest {most:,.4g}{unit}", "left"
     return table
-
-
-def _plain(text: str) -> str:
-    """One line of a comment."""
-    return "".join(letter if letter.isprintable() else "�" for letter in text)

@@ -10,13 +10,13 @@ from itertools import takewhile
 from typing import Any
 
 from rich.console import RenderableType
-from rich.progress import track
 from rich.rule import Rule
 from rich.table import Table
 
 from mm import configure
 from mm.configure import RecipeError
 from mm.model.multimodal import build_model
+from mm.terminal import styled, track
 from mm.train.activation import Activations
 from mm.train.dataset import check_division
 from mm.train.footprint import Footprint, footprint
@@ -223,9 +223,9 @@ def memory_table(estimate: Estimate) -> Table:
         if size >= GIB / 200:  # less would read 0.00
             table.add_row(part, _gib(size))
     table.add_row(f"overhead: context, {FRAGMENTATION:.0%} lost by the allocator", _gib(estimate.overhead))
-    verdict = "fits" if estimate.fits else "[red]does not fit[/red]"
+    verdict = "fits" if estimate.fits else ("does not fit", "red")
     table.add_section()
-    table.add_row(f"total: {verdict} into {_gib(estimate.gpu.memory)} GiB", _gib(estimate.total))
+    table.add_row(styled("total: ", verdict, f" into {_gib(estimate.gpu.memory)} GiB"), _gib(estimate.total))
     return table
 
 

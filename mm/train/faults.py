@@ -8,7 +8,6 @@ a GPU's memory runs out ──▶ what to ask `mm estimate`
 from __future__ import annotations
 
 import faulthandler
-import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mm.packing.batch import Batch
+from mm.terminal import errors, paragraph
 from mm.train.dataset import PlannedData
 from mm.train.parallel import World
 from mm.train.records import Ledger
@@ -66,9 +66,10 @@ class Watchdog:
     def _tell(self) -> None:
         self._path.parent.mkdir(exist_ok=True)
         with self._path.open("w", encoding="utf-8") as file:
-            print(self._title, file=file, flush=True)
+            file.write(f"{self._title}\n")
+            file.flush()
             faulthandler.dump_traceback(file)
-        print(self._path.read_text(encoding="utf-8"), file=sys.stderr, flush=True)
+        errors.print(paragraph(self._path.read_text(encoding="utf-8")), soft_wrap=True)
 
 
 def samples_of(rows: Iterable[Tensor], data: PlannedData) -> list[str]:

@@ -17,7 +17,6 @@ from typing import Literal
 
 import torch
 from filelock import FileLock, Timeout
-from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -28,6 +27,7 @@ from mm.model.trainable import Trainable
 from mm.objectives.base import Objective
 from mm.packing.batch import Batch
 from mm.packing.materialise import MicroStep
+from mm.terminal import console, track
 from mm.train import checkpoint
 from mm.train.average import averaged
 from mm.train.checkpoint import Position
@@ -98,7 +98,7 @@ def train(recipe: Recipe, profiled: Steps | None = None) -> Path:
     assert saver.last is not None
     if outcome == "stopped":
         if world.is_first:
-            print(f"stopped, as it was asked to; repeat the command to go on from {saver.last}")
+            console.print(f"stopped, as it was asked to; repeat the command to go on from {saver.last}", soft_wrap=True)
         raise Stopped
     return saver.last
 
@@ -139,7 +139,8 @@ def run(
     start = last if grows else checkpoint.find(recipe.init_from) if recipe.init_from else None
     if world.is_first and not resumed:
         if start and checkpoint.load_beginning(start, model):
-            print(f"the weights of {start} grow into another architecture; moments start anew (docs/moma.md)")
+            grown = "grow into another architecture; moments start anew (docs/moma.md)"
+            console.print(f"the weights of {start} {grown}", soft_wrap=True)
         if recipe.warm_start and not saved:
             batches = first_packs(data, recipe.warm_start.packs, world.device)
             assert isinstance(model, MultimodalLM)  # `Recipe` has seen to it
@@ -264,7 +265,7 @@ def rewind(spike: Spike, saver: Saver, here: Position, options: GuardOptions, wo
     rewound = saver.rewind(spike.last_good, here)
     if world.is_first:
         way = f"from {saver.last}" if rewound else f"as it is, no checkpoint is as old as step {spike.last_good}"
-        print(f"{spike}; the run goes on {way}")
+        console.print(f"{spike}; the run goes on {way}", soft_wrap=True)
     return rewound
 
 

@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from rich import progress
-from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.profiler import record_function
 
+from mm import terminal
+from mm.terminal import Console
 from mm.train.clock import PHASES, Clock, HostClock, Phase
 from mm.train.memory import Memory
 
@@ -366,17 +367,17 @@ class Progress:
     """
 
     def __init__(self, total: int, done: int = 0, console: Console | None = None) -> None:
-        console = console or Console()
+        console = console or terminal.console
         columns = (
-            progress.TextColumn("[bold]step"),
-            progress.BarColumn(),
-            progress.MofNCompleteColumn(),
-            progress.TimeElapsedColumn(),
-            progress.TextColumn("left"),
-            progress.TimeRemainingColumn(),
+            "step",
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            "left",
+            TimeRemainingColumn(),
         )
         self._total = total
-        self._bar = progress.Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+        self._bar = terminal.Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
         self._task = self._bar.add_task("steps", total=total, completed=done)
         self._bar.start()
 
@@ -385,7 +386,7 @@ class Progress:
         self._bar.advance(self._task)
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
-        self._bar.console.print(terminal_line(step, self._total, figures), highlight=False, soft_wrap=True)
+        self._bar.console.print(terminal_line(step, self._total, figures), soft_wrap=True)
 
     def close(self) -> None:
         self._bar.stop()

@@ -21,6 +21,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerAction, ProfilerActivity, profile
 
 from mm.configure import RecipeError
+from mm.terminal import console, paragraph
 from mm.train.parallel import World
 
 OPERATORS = 12
@@ -93,7 +94,8 @@ def profiling(steps: Steps | None, folder: Path, world: World, done: int) -> Ite
         text = f"rank {world.rank} of {world.size}, steps {steps}\n{summary(profiler, world.device)}\n"
         (out / f"rank-{world.rank}.txt").write_text(text, encoding="utf-8")
         if world.is_first:
-            print(f"{text}{out} holds this and a trace of every process, for https://ui.perfetto.dev", flush=True)
+            where = f"{out} holds this and a trace of every process, for https://ui.perfetto.dev"
+            console.print(paragraph(f"{text}{where}"), soft_wrap=True)
 
     on_gpu = [ProfilerActivity.CUDA] if world.device.type == "cuda" else []
     activities = [ProfilerActivity.CPU, *on_gpu]

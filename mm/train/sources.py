@@ -11,7 +11,6 @@ before it begins.
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mm import configure
+from mm import configure, terminal
 from mm.configure import RecipeError
 from mm.data import columns
 from mm.data.card import Card
@@ -41,7 +40,7 @@ from mm.sample import BrokenSample, Modality
 from mm.tokenizers.text import WordsOnly
 from mm.train.recipe import DataOptions, Recipe, SourceOptions
 
-logger = logging.getLogger(__name__)
+logger = terminal.logger(__name__)
 
 TYPICAL: dict[Modality, tuple[Facts, ...]] = {
     Modality.IMAGE: (ImageFacts(224, 224), ImageFacts(640, 480), ImageFacts(480, 640), ImageFacts(1920, 1080)),

@@ -10,11 +10,10 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from rich.progress import track
-
 from mm.data.sources.writer import Member, Report, split_of, write_card, write_shards
 from mm.media import BrokenMedia, facts
 from mm.sample import Image
+from mm.terminal import track
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 WORDS = ("txt", "json")

@@ -13,11 +13,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.progress import track
-
 from mm.data.sources.writer import Member, Report, split_of, write_card, write_shards
 from mm.media import BrokenMedia, facts
 from mm.sample import Image
+from mm.terminal import track
 
 MARKER = "<image>"
 MOST_IMAGES = 16

@@ -13,14 +13,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.progress import Progress
-
 from mm.data.jsonl import JsonlShard
 from mm.data.mapping import parse_mapping
 from mm.data.shards import LocalFile, Scanned
 from mm.data.sources.writer import Member, Report, split_of, write_card, write_shards
 from mm.media import BrokenMedia, facts
 from mm.sample import BrokenSample, Image
+from mm.terminal import Progress
 
 SAMPLE = {"texts": "json.text_list", "images": "json.image_info", "at": "matched_text_index", "numbered": "img"}
 """The card's mapping. Pictures have one extension, whatever their format, since the mapping names its fields."""

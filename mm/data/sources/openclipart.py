@@ -23,7 +23,6 @@ from typing import NamedTuple, cast
 import numpy as np
 from PIL import Image as PillowImage
 from PIL import ImageChops
-from rich.progress import track
 
 from mm.data.sources.conversations import conversations
 from mm.data.sources.debian import package_files
@@ -31,6 +30,7 @@ from mm.data.sources.splits import SPLITS, colours_of, split_by_group, without_n
 from mm.data.sources.writer import Member, Report, write_card, write_shards
 from mm.media import decode, perceptual_hash
 from mm.sample import Image
+from mm.terminal import track
 
 CAPTIONS = Path(__file__).parents[3] / "data_cards" / "demo" / "captions.tsv"
 FOLDER_IN_PACKAGE = PurePosixPath("usr/share/openclipart/png")
