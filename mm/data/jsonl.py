@@ -14,7 +14,8 @@ import json
 from collections.abc import Iterator
 from typing import IO, Any, NamedTuple
 
-from mm.data.shards import Place, Record, Scanned, Shard, ShardChanged, refuse_compressed
+from mm.data.files import ShardChanged, refuse_compressed
+from mm.data.shards import Place, Record, Scanned, Shard
 
 MAX_LINE = 64 * 1024**2
 """Longest line that is read, in bytes."""

@@ -23,18 +23,9 @@ from typing import IO, Any
 import pyarrow as pa
 
 from mm.data.cache import Content, Hold, NotKept, ShardCache, entry_name
-from mm.data.shards import (
-    BATCH,
-    DamagedRows,
-    ParquetShard,
-    PinnedFile,
-    Place,
-    Record,
-    ShardStat,
-    check_unchanged,
-    is_remote,
-    open_file,
-)
+from mm.data.files import PinnedFile, ShardStat, check_unchanged, is_remote, open_file
+from mm.data.parquet import BATCH, DamagedRows, ParquetShard
+from mm.data.shards import Place, Record
 
 logger = logging.getLogger(__name__)
 
