@@ -13,7 +13,9 @@ import hashlib
 import io
 import logging
 import os
+import re
 import shlex
+import stat
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -38,6 +40,17 @@ COMPRESSED = {
     ".zst": (b"\x28\xb5\x2f\xfd", "unzstd"),
 }
 """First bytes of compressed files, and the command that undoes it."""
+HEAD = 256
+"""First bytes of a shard that tell what it is."""
+
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_SPECIAL = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
 
 
 class ShardError(ValueError):
@@ -95,31 +108,42 @@ class ShardFile(ABC):
 
 
 class LocalFile(ShardFile):
+    """A shard on disk. Anything but a regular file is refused before it is opened."""
+
     def __init__(self, path: str) -> None:
         self.path = path
         self._descriptor: int | None = None
 
     def stat(self) -> ShardStat:
         found = os.stat(self.path)  # noqa: PTH116  once a sample: pathlib takes three times as long
+        if not stat.S_ISREG(found.st_mode):
+            raise ShardError(f"{self.path} is {_kind(found.st_mode)}, not a file: give the path of a shard")
         return ShardStat(found.st_size, str(found.st_mtime_ns))
 
     def fingerprint(self) -> ShardFingerprint:
+        self.stat()
         with Path(self.path).open("rb", buffering=0) as file:
             digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
             return ShardFingerprint(file.tell(), digest.hexdigest())
 
     def read(self, offset: int, size: int) -> bytes:
         if self._descriptor is None:
+            self.stat()  # opening a named pipe would wait for a writer
             self._descriptor = os.open(self.path, os.O_RDONLY)
         return os.pread(self._descriptor, size, offset)
 
     def stream(self) -> IO[bytes]:
+        self.stat()
         return Path(self.path).open("rb", buffering=1024**2)
 
     def close(self) -> None:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+
+
+def _kind(mode: int) -> str:
+    return next((name for test, name in _SPECIAL if test(mode)), "no regular file")
 
 
 class RemoteFile(ShardFile):
@@ -136,6 +160,8 @@ class RemoteFile(ShardFile):
 
     def stat(self) -> ShardStat:
         info = _retried(self.path, lambda: self._system.info(self._inner))
+        if info.get("type", "file") != "file":
+            raise ShardError(f"{self.path} is a {info['type']}, not a file: give the address of a shard")
         if info.get("size") is None:
             raise ShardError(f"{self.path}: the server gives no size; download the shard, or use a server with ranges")
         return ShardStat(info["size"], next((str(info[key]) for key in self._VERSIONS if info.get(key)), ""))
@@ -264,11 +290,24 @@ def check_unchanged(file: ShardFile, expected: ShardStat) -> None:
 
 def open_file(path: str) -> ShardFile:
     """The bytes of a shard where they lie."""
+    if path.startswith("pipe:"):
+        refuse_unreadable(path)
     return RemoteFile(path) if is_remote(path) else LocalFile(path.removeprefix("file://"))
 
 
-def refuse_compressed(path: str, head: bytes = b"") -> None:
-    """Raises `ShardError` for a shard that is compressed by its name or its first bytes: nothing in it has a place."""
+def refuse_unreadable(path: str, head: bytes = b"") -> None:
+    """Raises `ShardError` for what is no shard to read at random, by its path or its first `HEAD` bytes.
+
+    That is a command (``pipe:``), a compressed file, or the pointer that git-lfs keeps in place of a file.
+    """
+    if path.startswith("pipe:"):
+        address = re.search(r"(?:https?|s3|gs|hdfs|ftp)://[^\s'\"|;]+", path)
+        instead = f"the address itself, {address[0]}" if address else "the path or the URL of the file"
+        raise ShardError(f"{path}: a command, which is never run: write {instead}, in its place")
+    if head.startswith(_LFS_POINTER):
+        raise ShardError(
+            f"{path} is a git-lfs pointer of {len(head)} bytes, not the file: run `git lfs pull` in its repository"
+        )
     for suffix, (magic, command) in COMPRESSED.items():
         if path.endswith(suffix) or head.startswith(magic):
             raise ShardError(

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from mm.data.files import (
+    HEAD,
     LocalFile,
     ShardChanged,
     ShardError,
@@ -26,11 +27,12 @@ from mm.data.files import (
     check_unchanged,
     is_remote,
     open_file,
-    refuse_compressed,
+    refuse_unreadable,
 )
 
 __all__ = [
     "FORMATS",
+    "MAX_RECORD",
     "LocalFile",
     "Place",
     "Record",
@@ -44,12 +46,15 @@ __all__ = [
     "is_remote",
     "open_file",
     "open_shard",
-    "refuse_compressed",
+    "refuse_unreadable",
 ]
 
 Place = tuple[int, int]
 
 FORMATS = ("webdataset", "parquet", "jsonl")
+MAX_RECORD = 1024**3
+"""Most bytes of a record that is read into memory: of all its members in a tar together, of a row in a parquet file."""
+EMPTY = "empty shard: the file has 0 bytes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +80,14 @@ class Shard(ABC):
     Args:
         file: its bytes.
         expected: size and version when it was indexed; reading anything else raises `ShardChanged`.
+
+    Attributes:
+        hidden: number of hidden files that the last scan skipped, see `mm.data.hidden`.
     """
 
     def __init__(self, file: ShardFile, expected: ShardStat | None = None) -> None:
         self.file = file
+        self.hidden = 0
         self.expected = expected
         if expected is not None and is_remote(file.path):
             self.check()  # once: a request a sample would double their number
@@ -87,13 +96,24 @@ class Shard(ABC):
     def path(self) -> str:
         return self.file.path
 
-    @abstractmethod
     def scan(self) -> Iterator[Scanned]:
         """All records in order, in one sequential pass, with an error for whatever cannot be read.
 
         Raises:
+            ShardError: it is no file, or a compressed one, or stands for one that was not downloaded.
             OSError: the disk or the network failed, which says nothing about the data.
         """
+        if self.file.stat().size == 0:
+            yield Scanned("", (0, 0), None, EMPTY)
+            return
+        yield from self._scan()
+
+    def refuse_head(self) -> None:
+        """Raises `ShardError` where the first bytes tell that it is no shard, see `refuse_unreadable`."""
+        refuse_unreadable(self.path, self.file.read(0, HEAD))
+
+    @abstractmethod
+    def _scan(self) -> Iterator[Scanned]: ...
 
     @abstractmethod
     def _record(self, place: Place) -> Record: ...
