@@ -25,7 +25,7 @@ from mm.data import columns
 from mm.data.card import Card
 from mm.data.codes import CodedSamples
 from mm.data.index import Index, SplitSamples, index_card
-from mm.data.shards import BLOCK
+from mm.data.tar import BLOCK
 from mm.packing.collate import Processor, Spelling
 from mm.sample import Modality
 from mm.score.tokenize import TokenizerScorer, tokenize

@@ -27,7 +27,7 @@ import yaml
 from PIL import Image
 
 from mm.data import columns
-from mm.data import shards as shards_module
+from mm.data import parquet as parquet_module
 from mm.data.cache import ShardCache
 from mm.data.card import Card
 from mm.data.index import Index, index_card
@@ -142,7 +142,7 @@ def measure_remote(format: str, shards: int, samples: int, limit: float | None) 
         url = f"http://127.0.0.1:{server.server_address[1]}"
         card = Card.load(write_shards(folder, format, shards, samples, url))
         size = sum(file.stat().st_size for file in folder.iterdir())
-        shards_module.ROW_GROUP_CACHE = size // 16
+        parquet_module.ROW_GROUP_CACHE = size // 16
         card, how = with_cache(card, limit, Path(temporary), size)
 
         def phase(name: str) -> None:
@@ -167,7 +167,7 @@ def measure_local(format: str, shards: int, samples: int, limit: float | None, e
         folder.mkdir()
         card = Card.load(write_shards(folder, format, shards, samples, str(folder)))
         size = sum(file.stat().st_size for file in folder.iterdir())
-        shards_module.ROW_GROUP_CACHE = size // 16
+        parquet_module.ROW_GROUP_CACHE = size // 16
         card, how = with_cache(card, limit, Path(temporary), size)
         index = index_card(card, "train", Path(temporary) / "index", progress=False)
         spent = []

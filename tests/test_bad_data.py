@@ -18,7 +18,8 @@ from shard_files import RangeServer, as_json, jpeg, pairs, text_length, words, w
 from mm.data import columns
 from mm.data.card import BrokenSample, Card, CardError
 from mm.data.index import Index, IndexingError, index_card, index_shards
-from mm.data.shards import BLOCK, Scanned, ShardError, open_shard
+from mm.data.shards import Scanned, ShardError, open_shard
+from mm.data.tar import BLOCK
 
 
 def indexed(card: Path, folder: Path) -> Index:

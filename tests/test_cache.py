@@ -34,12 +34,13 @@ from mm.cli import app
 from mm.configure import RecipeError
 from mm.data import cache as cache_module
 from mm.data import columns
-from mm.data import shards as shards_module
+from mm.data import files as files_module
 from mm.data.cache import ShardCache, ShardCopy, fetch_ahead, parse_bytes
 from mm.data.card import Card
+from mm.data.files import LocalFile, RemoteFile, ShardChanged, ShardStat
 from mm.data.index import Index, SplitSamples, fetch_rows_ahead, index_card
+from mm.data.parquet import ParquetShard
 from mm.data.rows import RowShard
-from mm.data.shards import LocalFile, ParquetShard, RemoteFile, ShardChanged, ShardStat
 from mm.train.checkpoint import Position
 from mm.train.dataset import PlannedData, open_data
 from mm.train.loop import load_batches
@@ -147,7 +148,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
 def _small_and_quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small chunks, short pauses before a request is tried again."""
     monkeypatch.setattr(cache_module, "CHUNK", CHUNK)
-    monkeypatch.setattr(shards_module, "PAUSES", (0.01, 0.02))
+    monkeypatch.setattr(files_module, "PAUSES", (0.01, 0.02))
     cache_module._warned.clear()
 
 
@@ -178,7 +179,7 @@ def as_a_new_process() -> None:
 PROCESS = """
 import logging, sys, time
 from pathlib import Path
-from mm.data import cache as cache_module, shards as shards_module
+from mm.data import cache as cache_module, files as files_module
 from mm.data.cache import ShardCache, ShardCopy
 from mm.data.shards import ShardStat
 

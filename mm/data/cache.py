@@ -33,7 +33,7 @@ from typing import IO, Generic, NamedTuple, TypeVar
 from filelock import FileLock, Timeout
 
 from mm import terminal
-from mm.data.shards import (
+from mm.data.files import (
     PinnedFile,
     RemoteFile,
     ShardChanged,

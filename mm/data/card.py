@@ -45,7 +45,7 @@ from mm.data.shards import (
     is_remote,
     open_file,
     open_shard,
-    refuse_compressed,
+    refuse_unreadable,
 )
 from mm.sample import BrokenSample, Sample
 
@@ -130,7 +130,7 @@ class Card:
         for pattern in self.splits[split]:
             for one in _expand_ranges(pattern):
                 try:
-                    refuse_compressed(one)
+                    refuse_unreadable(one)
                 except ShardError as error:
                     raise CardError(f"{self.path}: {error}") from error
                 shards += self._match(one)

@@ -63,6 +63,7 @@ class ShardIndex:
     stat, fingerprint: of the shard when it was indexed
     mapping: fingerprint of the card's record mapping
     dropped: number of files that records lack and their samples do without, see `RecordMapping.dropped`
+    hidden: number of hidden files in it that were skipped, see `mm.data.hidden`
     """
 
     shard: str
@@ -73,6 +74,7 @@ class ShardIndex:
     fingerprint: ShardFingerprint
     mapping: str
     dropped: int = 0
+    hidden: int = 0
 
     @property
     def stamp(self) -> str:
@@ -196,6 +198,8 @@ class Index:
         lines += [f"  {count} x {printable(kind)}, first {examples[kind]}" for kind, count in counts.most_common(most)]
         if dropped := sum(shard.dropped for shard in self.shards):
             lines.append(f"  {dropped} pictures that were not in their records are left out of pages (`missing: drop`)")
+        if hidden := sum(shard.hidden for shard in self.shards):
+            lines.append(f"  {hidden} hidden files, or files in hidden folders, are skipped")
         return "\n".join(lines)
 
     @cached_property
@@ -389,7 +393,7 @@ def index_shards(
     work = functools.partial(_index_shard, card, folder)
     entries |= each_shard(work, missing, processes, f"indexing {card.name}", progress)
     index = Index(card, split, folder, [entry for entry in entries.values() if entry is not None])
-    if any(entry.errors or entry.dropped for entry in index.shards):
+    if any(entry.errors or entry.dropped or entry.hidden for entry in index.shards):
         logger.warning("%s", index.summary())
     return index
 
@@ -424,7 +428,8 @@ def _index_shard(card: Card, folder: Path, shard: str) -> ShardIndex:
         else:
             table, rows, dropped = _scan(card, opened)
             mapping = card.mapping_fingerprint
-            entry = ShardIndex(shard, file.name, rows, table.num_rows - rows, stat, fingerprint, mapping, dropped)
+            errors, hidden = table.num_rows - rows, opened.hidden
+            entry = ShardIndex(shard, file.name, rows, errors, stat, fingerprint, mapping, dropped, hidden)
         opened.check()
         opened.close()
         write_table(table, file, _METADATA, {"version": INDEX_VERSION, **asdict(entry)})

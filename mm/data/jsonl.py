@@ -14,7 +14,8 @@ import json
 from collections.abc import Iterator
 from typing import IO, Any, NamedTuple
 
-from mm.data.shards import Place, Record, Scanned, Shard, ShardChanged, refuse_compressed
+from mm.data.files import ShardChanged
+from mm.data.shards import Place, Record, Scanned, Shard
 
 MAX_LINE = 64 * 1024**2
 """Longest line that is read, in bytes."""
@@ -26,8 +27,8 @@ _ARRAY = "a JSON array, not JSON lines: write one object a line, for instance wi
 class JsonlShard(Shard):
     """A file of JSON lines, of which empty ones are passed over. A record's key is where its line is, ``byte 1024``."""
 
-    def scan(self) -> Iterator[Scanned]:
-        refuse_compressed(self.path, self.file.read(0, 8))
+    def _scan(self) -> Iterator[Scanned]:
+        self.refuse_head()
         with self.file.stream() as stream:
             for found, line in enumerate(_lines(stream)):
                 place = (line.offset, line.size)

@@ -23,34 +23,28 @@ import pyarrow as pa
 
 from mm import terminal
 from mm.data.cache import Content, Hold, NotKept, ShardCache, entry_name
-from mm.data.shards import (
-    BATCH,
-    DamagedRows,
-    ParquetShard,
-    PinnedFile,
-    Place,
-    Record,
-    ShardStat,
-    check_unchanged,
-    is_remote,
-    open_file,
-)
+from mm.data.files import PinnedFile, ShardStat, check_unchanged, is_remote, open_file
+from mm.data.parquet import DamagedRows, ParquetShard
+from mm.data.row_groups import BATCH, MOST_RATIO
+from mm.data.shards import Place, Record
+from mm.data.values import AT_ONCE, value_bytes
 
 logger = terminal.logger(__name__)
 
-VERSION = 1
+VERSION = 2
 """Raised when the files change their form, so that they are made anew."""
 
 _GROUPS = b"mm.row_groups"
 _DAMAGE = b"mm.damage"
+_LAYOUT = b"mm.layout"
 
 
 @dataclass(frozen=True)
 class ParquetRows(Content):
     """The rows of a parquet file, of some columns, as an Arrow IPC file.
 
-    A row group has ⌈rows / BATCH⌉ batches, so that a place tells the batch. Those that cannot be decoded are empty and
-    say why.
+    All batches of a row group but the last have as many rows, so that a place tells the batch. Where rows cannot be
+    decoded, an empty batch says why. Behind all of them, an empty batch says how the row groups are laid out.
     """
 
     path: str
@@ -94,14 +88,21 @@ class RowShard(ParquetShard):
         rows = self._kept() if is_remote(self.path) else None
         return super().row_groups() if rows is None else rows.groups
 
+    @property
+    def schema(self) -> pa.Schema:
+        rows = self._kept() if is_remote(self.path) else None
+        return super().schema if rows is None else rows.schema
+
     def batches(self, group: int) -> Iterator[pa.RecordBatch]:
         rows = self._kept() if is_remote(self.path) else None
         return super().batches(group) if rows is None else rows.batches(group)
 
     def _record(self, place: Place) -> Record:
         rows = self._kept()
-        record = None if rows is None else rows.record(place)
-        return super()._record(place) if record is None else record
+        found = None if rows is None else rows.row(place)
+        if rows is None or found is None:
+            return super()._record(place)
+        return self._record_of(*found, rows.starts, place)
 
     def _kept(self) -> _Rows | None:
         with self._rows as rows:
@@ -120,28 +121,36 @@ class _Rows:
     """Kept rows, open for reading.
 
     groups: number of rows of every row group
+    starts: number of the first row of each, see `ParquetShard.starts`
     """
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
         self._size = os.fstat(descriptor).st_size
         self._file = pa.ipc.open_file(pa.py_buffer(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)))
+        self.schema: pa.Schema = self._file.schema
         self.groups: list[int] = json.loads(self._file.schema.metadata[_GROUPS])
-        self._starts = list(itertools.accumulate(self.groups, initial=0))
-        self._batches = list(itertools.accumulate(map(_batches_of, self.groups), initial=0))
+        self.starts = list(itertools.accumulate(self.groups, initial=0))
+        _, last = self._file.get_batch_with_custom_metadata(self._file.num_record_batches - 1)
+        layout: list[tuple[int, int]] = json.loads(last[_LAYOUT])
+        self._rows = [rows for rows, _ in layout]
+        self._batches = list(itertools.accumulate((batches for _, batches in layout), initial=0))
 
     def are_whole(self) -> bool:
         """Whether the file is as long as it was: touching mapped pages behind its end would kill the process."""
         return os.fstat(self._descriptor).st_size == self._size
 
-    def record(self, place: Place) -> Record | None:
-        """The row at a place, None where there is none, or none that could be decoded."""
+    def row(self, place: Place) -> tuple[pa.RecordBatch, int] | None:
+        """The batch with the row at a place and its number in it, None where there is none, or it was not decoded."""
         group, row = place
-        if group >= len(self.groups) or row >= self.groups[group]:
+        if group >= len(self.groups):
             return None
-        batch = self._file.get_batch(self._batches[group] + row // BATCH)
-        found = batch.slice(row % BATCH, 1).to_pylist()
-        return Record(str(self._starts[group] + row), found[0]) if found else None
+        number = self._batches[group] + row // self._rows[group]
+        if number >= self._batches[group + 1]:
+            return None
+        batch = self._file.get_batch(number)
+        within = row % self._rows[group]
+        return (batch, within) if within < batch.num_rows else None
 
     def batches(self, group: int) -> Iterator[pa.RecordBatch]:
         """As `ParquetShard.batches`."""
@@ -152,27 +161,38 @@ class _Rows:
             yield batch
 
 
-def _batches_of(rows: int) -> int:
-    return -(-rows // BATCH)
-
-
 def _write(shard: ParquetShard, file: IO[bytes]) -> None:
     """Writes all rows of a shard that can be decoded."""
     groups = shard.row_groups()
     schema = pa.schema([_plain(field) for field in shard.schema], {_GROUPS: json.dumps(groups)})
+    empty = pa.RecordBatch.from_arrays([pa.array([], type) for type in schema.types], schema=schema)
+    layout: list[tuple[int, int]] = []
     with pa.ipc.new_file(file, schema) as writer:
-        for group, rows in enumerate(groups):
-            left = rows
+        for group in range(len(groups)):
+            rows, written = BATCH, 0
             try:
-                for batch in shard.batches(group):
-                    if batch.num_rows != min(BATCH, left):
+                plan, batches = shard.planned_batches(group)
+                rows, before = plan.rows, plan.rows
+                for batch in batches:
+                    if before != rows or batch.num_rows > rows:
                         raise NotKept("rows", f"row group {group} is decoded in batches of {batch.num_rows} rows")
-                    writer.write_batch(pa.RecordBatch.from_arrays(batch.columns, schema=schema))
-                    left -= batch.num_rows
+                    writer.write_batch(_written_out(batch, schema, group))
+                    written, before = written + 1, batch.num_rows
             except DamagedRows as damage:
-                empty = pa.RecordBatch.from_arrays([pa.array([], type) for type in schema.types], schema=schema)
-                for _ in range(_batches_of(left)):
-                    writer.write_batch(empty, custom_metadata={_DAMAGE: str(damage)})
+                writer.write_batch(empty, custom_metadata={_DAMAGE: str(damage)})
+                written += 1
+            layout.append((rows, written))
+        writer.write_batch(empty, custom_metadata={_LAYOUT: json.dumps(layout)})
+
+
+def _written_out(batch: pa.RecordBatch, schema: pa.Schema, group: int) -> pa.RecordBatch:
+    """A batch without dictionaries."""
+    columns = batch.columns
+    if [column.type for column in columns] != schema.types:
+        if value_bytes(batch) > AT_ONCE:
+            raise NotKept("rows", f"rows of row group {group} take {value_bytes(batch)} bytes")
+        columns = [column.cast(type) for column, type in zip(columns, schema.types, strict=True)]
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
 def _plain(field: pa.Field) -> pa.Field:
@@ -185,7 +205,8 @@ def _decoded_bytes(shard: ParquetShard) -> int:
     metadata, names = shard.metadata, set(shard.schema.names)
     groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
     columns = (group.column(number) for group in groups for number in range(group.num_columns))
-    return sum(one.total_uncompressed_size for one in columns if one.path_in_schema.partition(".")[0] in names)
+    said = sum(one.total_uncompressed_size for one in columns if one.path_in_schema.partition(".")[0] in names)
+    return min(max(said, 0), MOST_RATIO * shard.file.stat().size)  # a footer may say anything
 
 
 class _Growing(io.FileIO):

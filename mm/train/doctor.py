@@ -30,7 +30,8 @@ from mm.data.cache import ShardCache
 from mm.data.card import Card, CardError
 from mm.data.guess import Field, Proposal, fields_of, propose
 from mm.data.labels import place_name
-from mm.data.shards import ParquetShard, Place, Record, Scanned, Shard, is_remote, open_shard
+from mm.data.parquet import ParquetShard
+from mm.data.shards import Place, Record, Scanned, Shard, is_remote, open_shard
 from mm.media import BrokenMedia, ImageFacts, SpeechFacts
 from mm.packing.fit import best_fit
 from mm.sample import BrokenSample, Sample, Text
