@@ -29,6 +29,7 @@ from tokenizers import Tokenizer
 
 from mm.configure import RecipeError, find_preset
 from mm.locate import PACKAGE, locate
+from mm.pretrained import BringsCode, from_pretrained
 from mm.sample import BrokenSample, Codes, MediaPart, Modality, Part, Sample, Text
 from mm.tokenizers.gguf import read_tokenizer
 
@@ -476,7 +477,9 @@ def _read(path: str) -> tuple[str, dict[str, str], str | None]:
     from transformers import AutoTokenizer  # seconds to import, and only needed here
 
     try:
-        loaded: Any = AutoTokenizer.from_pretrained(str(found or path))
+        loaded: Any = from_pretrained(AutoTokenizer, found or path)
+    except BringsCode as error:
+        raise RecipeError(f"tokenizer: {error}") from error
     except (OSError, ValueError) as error:
         raise RecipeError(
             f"tokenizer: {path!r} is no folder or GGUF file here, nor a name that the hub gives: {error}"
