@@ -45,7 +45,7 @@ DOUBLED = "{% set a = namespace(t='aaaaaaaa') %}{% for i in range(60) %}{% set a
         ("{% for i in range(99999) %}{{ 'a' * 99999 }}{% endfor %}", f"more than {LENGTH:,} characters"),
         ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
         ("{{ 1 // 0 }}", "zero"),
-        ("{{ {}['a'].b }}", "undefined"),
+        ("{{ {}['a'].b }}", "no attribute 'a'"),
         ("{% for i in range(10 ** 9) %}{% endfor %}", "Range too big"),
         ("{{ messages.__class__.__mro__ }}", "unsafe"),
         ("{{ nothing_here() }}", "undefined"),

@@ -91,12 +91,13 @@ def test_words_never_become_an_added_token(kind: str) -> None:
                 assert tokenizer.decode(tokenizer.encode(text)).strip() == text.strip()
 
 
-letters = {
+LETTERS = {
     "byte level": "<|imago>{ \nthk\t▁",
     "unigram": "</abeg> ithk",
     "merged": "<h1>ab /s",
     "whole words": "<h1>ab /s",
 }
+MADE = {kind: (MAKERS[kind](), ours(kind)) for kind in MAKERS}
 
 
 @given(data=st.data(), kind=st.sampled_from(sorted(MAKERS)))

@@ -28,7 +28,7 @@ CHATML = (
 )
 """The template that ``template: chatml`` names, for base models that come without one."""
 
-SECONDS = 3
+SECONDS = 2
 """Processor time of one rendering, which takes milliseconds."""
 MEMORY = 1 << 30
 """Bytes that the process may address; Python and jinja2 take a tenth."""
