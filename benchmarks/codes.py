@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image as PillowImage
 
 from mm import media
+from mm.allow import allow
 from mm.data import columns
 from mm.data.card import Card
 from mm.data.codes import CodedSamples
@@ -102,6 +103,7 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=4)
     parser.add_argument("--turns", type=int, default=5)
     options = parser.parse_args()
+    allow(["tests"])  # whose tokenizer of pictures makes the codes
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         index = write_corpus(folder, options.shards)

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from benchmarks.sweeps import TIMED, cpu_seconds, read_results, slug, sweep, write_result
 from mm import configure
+from mm.allow import allow
 from mm.data import columns
 from mm.data.card import Card
 from mm.data.columns import Row
@@ -537,6 +538,7 @@ def main() -> None:
     commands.choices["measure"].add_argument("run", help="name of the run")
     commands.choices["measure"].add_argument("--pictures", type=int, default=200, help="of the suite")
     options = parser.parse_args()
+    allow(["benchmarks"])  # recipes name classes of this file
     folder = options.folder.absolute()
     if options.command == "prepare":
         prepare(folder, options.wordnet, options.tokenizer)

@@ -142,7 +142,7 @@ def build_ours(sizes: Sizes, folder: Path) -> MultimodalLM:
 def build_theirs(sizes: Sizes, ours: MultimodalLM, folder: Path) -> LlavaForConditionalGeneration:
     """Hugging Face's model with our weights; the decoder's go through the checkpoint that we export."""
     save_decoder(ours.decoder, folder / "decoder")
-    language = AutoModelForCausalLM.from_pretrained(folder / "decoder")
+    language = AutoModelForCausalLM.from_pretrained(folder / "decoder", trust_remote_code=False)
     config = LlavaConfig(
         vision_config=sizes.tower,
         text_config=language.config,

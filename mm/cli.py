@@ -5,18 +5,21 @@ from __future__ import annotations
 if not __package__:
     raise SystemExit("Run `mm …` or `python -m mm …`: run as a file, mm/tokenizers would hide the library tokenizers.")
 
+import functools
 import os
-import sys
 import traceback
+from collections.abc import Callable
 from dataclasses import replace
+from inspect import Parameter, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
 from rich.table import Table
 
 from mm import configure, terminal
+from mm.allow import allow
 from mm.configure import RecipeError
 from mm.terminal import console, errors, paragraph, printable, styled
 
@@ -621,10 +624,44 @@ def drop_samples(
     console.print(f"{len(changed):,} {done}; {left_out:,} of {rows.rows:,} are left out by {drops_file(rows.card)}")
 
 
+# -------------------------------------------------------------------------------------------------------------- allow
+
+Allow = Annotated[
+    list[str] | None,
+    typer.Option("--allow", metavar="MODULE", help="a module of your own that the recipe may import (repeatable)"),
+]
+
+
+def _allowing(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The command with an option ``--allow``."""
+
+    @functools.wraps(command)
+    def run(*arguments: Any, _allow: list[str] | None = None, **options: Any) -> Any:
+        allow(_allow or [])
+        return command(*arguments, **options)
+
+    own = signature(command, eval_str=True)
+    option = Parameter("_allow", Parameter.KEYWORD_ONLY, default=None, annotation=Allow)
+    vars(run)["__signature__"] = own.replace(parameters=[*own.parameters.values(), option])
+    run.__annotations__ = {name: one.annotation for name, one in own.parameters.items()} | {"_allow": Allow}
+    return run
+
+
+def _allow_everywhere(commands: typer.Typer) -> None:
+    """Every command may build what a recipe names, so every one has ``--allow``."""
+    for group in commands.registered_groups:
+        if group.typer_instance is not None:
+            _allow_everywhere(group.typer_instance)
+    for command in [*commands.registered_commands, commands.registered_callback]:
+        if command is not None and command.callback is not None:
+            command.callback = _allowing(command.callback)
+
+
+_allow_everywhere(app)
+
+
 def main() -> None:
     """Entry point. Mistakes in a recipe or its data are a sentence and exit status 2, not a traceback."""
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))  # a user's own encoders; last, so that no file there hides a library
     terminal.replace_what_cannot_be_encoded()
     try:
         app()

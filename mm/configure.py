@@ -15,9 +15,9 @@ Every value remembers the file and line that it came from, so that an error can 
 from __future__ import annotations
 
 import difflib
-import importlib
 import inspect
 import re
+import sys
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
@@ -39,6 +39,8 @@ from typing import (
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+from mm.allow import AllowError, import_allowed
 
 T = TypeVar("T")
 
@@ -204,6 +206,10 @@ def build(spec: Mapping[str, Any], base: type[T], *args: Any, **extra: Any) -> T
 
 def _imported(target: str, base: type[T]) -> Callable[..., T]:
     """The class or class method at a dotted path. Checked before anything is called."""
+    if target.partition(".")[0] in sys.stdlib_module_names:  # some of them open a browser when imported
+        raise RecipeError(
+            f"`_target_: {target}` is not a {base.__module__}.{base.__name__}: no module of Python's own library is."
+        )
     module, names = _module(target)
     found: Any = module
     for name in names:
@@ -229,18 +235,23 @@ def _module(target: str) -> tuple[types.ModuleType, list[str]]:
     names = target.split(".")
     if not all(names):
         raise RecipeError(f"`_target_: {target}`: expected package.module.Class.")
-    for cut in range(len(names) - 1, 0, -1):
-        path = ".".join(names[:cut])
+    module: types.ModuleType | None = None
+    for count in range(1, len(names)):
+        path = ".".join(names[:count])
         try:
-            return importlib.import_module(path), names[cut:]
-        except ModuleNotFoundError as error:
-            if error.name is None or not f"{path}.".startswith(f"{error.name}."):
-                raise RecipeError(f"`_target_: {target}`: importing {path} failed: {error}") from error
-        except ImportError as error:
-            raise RecipeError(f"`_target_: {target}`: importing {path} failed: {error}") from error
-    raise RecipeError(
-        f"`_target_: {target}`: no such module. Expected package.module.Class, installed or in the working directory."
-    )
+            inner = import_allowed(path)
+        except (ImportError, AllowError) as error:
+            reason = f"importing {path} failed: {error}" if isinstance(error, ImportError) else str(error)
+            raise RecipeError(f"`_target_: {target}`: {reason}") from error
+        if inner is None:
+            break
+        module, rest = inner, names[count:]
+    if module is None:
+        raise RecipeError(
+            f"`_target_: {target}`: no such module. Expected package.module.Class, installed or in the working "
+            f"directory."
+        )
+    return module, rest
 
 
 def _annotations(function: Callable[..., Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import torch
 from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
+from mm.allow import allow
 from mm.tokenizers.text import TextTokenizer
 from tests.small_world import FORMS, fork_run, train_here, train_together, write_recipe, write_source, write_tokenizer
 
@@ -27,7 +28,11 @@ LONG = ("steps=200", "save_every=100", "validate_every=100", "packing.batch=2")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Tests are of the CPU, where runs of any number of processes agree, but for ``pytest -m gpu``."""
+    """Tests are of the CPU, where runs of any number of processes agree, but for ``pytest -m gpu``.
+
+    Their recipes name components of the tests, in the processes that they start as well.
+    """
+    allow(["tests"])
     if config.option.markexpr.strip() == "gpu":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the process's first product
     else:

@@ -27,7 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedTokenizerFast
 
 from mm.model.multimodal import DecoderOptions, ModelOptions, MultimodalLM, build_model
-from mm.tokenizers.text import CHATML
+from mm.tokenizers.templates import CHATML
 from mm.train.loop import train
 from mm.train.recipe import Recipe
 from tests.shard_files import as_json, write_card, write_tar

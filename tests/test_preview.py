@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from mm.tokenizers.text import CHATML
+from mm.tokenizers.templates import CHATML
 from mm.train.preview import planned, preview, spoken
 from mm.train.recipe import Recipe
 from tests.shard_files import as_json, write_card, write_tar

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from mm.encoders.base import Encoder, Grid, Transform
 from mm.media import BrokenMedia, SpeechFacts, Waveform
+from mm.pretrained import from_pretrained
 from mm.sample import Modality
 
 RATE = 16_000
@@ -129,12 +130,12 @@ class WhisperEncoder(Encoder):
             assert width is not None
             config = WhisperConfig(**sizes, encoder_ffn_dim=4 * width, attn_implementation="sdpa")  # type: ignore[arg-type]
         elif name_or_folder is not None:
-            config = AutoConfig.from_pretrained(name_or_folder, attn_implementation="sdpa")
+            config = from_pretrained(AutoConfig, name_or_folder, attn_implementation="sdpa")
         else:
             raise ValueError("WhisperEncoder needs `name_or_folder`, or all of `width`, `depth`, `heads` and `mels`")
 
         if name_or_folder is not None and pretrained and torch.get_default_device().type != "meta":
-            model = WhisperModel.from_pretrained(name_or_folder, dtype=torch.float32, attn_implementation="sdpa")
+            model = from_pretrained(WhisperModel, name_or_folder, dtype=torch.float32, attn_implementation="sdpa")
             self.tower: Any = model.get_encoder()
             for name, size in sizes.items():
                 if size is not None and getattr(model.config, name) != size:

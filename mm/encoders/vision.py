@@ -23,6 +23,7 @@ from mm.encoders.fold import fold_batch_norm
 from mm.encoders.shapes import trace
 from mm.locate import locate
 from mm.media import ImageFacts
+from mm.pretrained import from_pretrained, no_code_of
 from mm.sample import Modality
 
 Resize = Literal["squash", "crop", "pad"]
@@ -257,10 +258,12 @@ class OpenClipEncoder(VisionEncoder):
             pretrained = str(locate(pretrained))
         if _on_meta():  # the tag would fetch the weights before it looked whether they are wanted
             preprocessing = open_clip.get_pretrained_cfg(name, pretrained) if pretrained and pretrained in tags else {}
-            model = open_clip.create_model(name, device="meta", load_weights=False)
+            with no_code_of(name.removeprefix("local-dir:")):
+                model = open_clip.create_model(name, device="meta", load_weights=False)
         else:
             preprocessing = {}
-            model = open_clip.create_model(name, pretrained=pretrained)
+            with no_code_of(name.removeprefix("local-dir:")):
+                model = open_clip.create_model(name, pretrained=pretrained)
         expected = {**open_clip.get_model_preprocess_cfg(model), **preprocessing}
         size = _pair(expected["size"])
         visual: Any = model.visual
@@ -328,17 +331,17 @@ class TransformersVisionEncoder(VisionEncoder):
     ) -> None:
         from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
-        config = AutoConfig.from_pretrained(name_or_folder)
+        config = from_pretrained(AutoConfig, name_or_folder)
         config = getattr(config, "vision_config", config)
         if hasattr(config, "vision_use_head"):
             config.vision_use_head = False
         if layer is not None:
             config.num_hidden_layers = _counted_from_start(layer, config.num_hidden_layers) + 1
-        processor: Any = AutoImageProcessor.from_pretrained(name_or_folder)
+        processor: Any = from_pretrained(AutoImageProcessor, name_or_folder)
         if pretrained and not _on_meta():
-            model = AutoModel.from_pretrained(name_or_folder, config=config, dtype=torch.float32)
+            model = from_pretrained(AutoModel, name_or_folder, config=config, dtype=torch.float32)
         else:
-            model = AutoModel.from_config(config)
+            model = AutoModel.from_config(config, trust_remote_code=False)
         super().__init__(
             _TransformersTower(model, raw=layer is not None),
             _pair(config.image_size),

@@ -26,6 +26,7 @@ from mm.encoders.base import Grid, Transform
 from mm.encoders.vision import ImageTransform
 from mm.locate import locate
 from mm.media import ImageFacts
+from mm.pretrained import from_pretrained
 from mm.sample import Modality
 from mm.tokenizers.autoencoder import AutoencoderConfig, PixelDecoder, to_bytes, to_grid
 from mm.tokenizers.base import MediaTokenizer, fingerprint
@@ -105,9 +106,9 @@ class PublishedTokenizer(MediaTokenizer):
 
         super().__init__()
         source = _Source(name_or_folder)
-        whole = AutoConfig.from_pretrained(source.configuration())
+        whole = from_pretrained(AutoConfig, source.configuration())
         self.config: Any = getattr(whole, "vq_config", whole)
-        self.processor: Any = AutoImageProcessor.from_pretrained(source.configuration())
+        self.processor: Any = from_pretrained(AutoImageProcessor, source.configuration())
         self.scale = [self.processor.rescale_factor / deviation for deviation in self.processor.image_std]
         self.shift = [-m / d for m, d in zip(self.processor.image_mean, self.processor.image_std, strict=True)]
         self.vq: Any = self.build(self.config)

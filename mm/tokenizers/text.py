@@ -1,12 +1,12 @@
 """Text to token ids: samples become documents of pieces, chats through the model's own template.
 
-    Sample ──lay out──▶ spans of text │ media ──join, cut at special tokens──▶ runs ──encode──▶ pieces
+    Sample ──lay out──▶ spans of text │ media ──join, cut at control words──▶ runs ──encode──▶ pieces
                         (loss? trusted?)
 
 A *span* is text from one origin: the words of a sample are untrusted, what a chat template or the recipe puts around
-them is trusted. Special tokens are recognised in trusted text only, so that a caption that contains ``<|im_end|>``
-cannot end a turn. Neighbouring spans are encoded together, as one text, and the loss is laid over the tokens by their
-offsets: ids are those that the model's own tokenizer gives for the whole text.
+them is trusted. Control words (`mm.tokenizers.words`) are recognised in trusted text only, so that a caption that
+contains ``<|im_end|>`` cannot end a turn. Neighbouring spans are encoded together, as one text, and the loss is laid
+over the tokens by their offsets: ids are those that the model's own tokenizer gives for the whole text.
 """
 
 from __future__ import annotations
@@ -15,33 +15,25 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import numpy as np
-from jinja2 import TemplateError, nodes
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
-from mm.configure import RecipeError, find_preset
-from mm.locate import PACKAGE, locate
+from mm.configure import RecipeError
 from mm.sample import BrokenSample, Codes, MediaPart, Modality, Part, Sample, Text
-from mm.tokenizers.gguf import read_tokenizer
+from mm.tokenizers.reading import named_template, read_tokenizer
+from mm.tokenizers.templates import TemplateFailed, TemplateRefuses, render
+from mm.tokenizers.words import ControlWords, tokenizers_of_words
 
-CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-"""The template that ``template: chatml`` names, for base models that come without one."""
-
-RULES = 1
+RULES = 2
 """Version of the rules in this file, part of the fingerprint: raise it when a change gives a sample other ids."""
+
+
+UNSPELLABLE = "\U0010fffd"
+"""A character without a meaning, which no vocabulary holds: it becomes bytes, nothing, or the unknown token."""
 
 
 class ChatError(ValueError):
@@ -50,10 +42,6 @@ class ChatError(ValueError):
 
 class RefusedChat(ChatError, BrokenSample):
     """A chat that the template itself refuses, for the order of its roles; other chats are fine."""
-
-
-class _Refusal(TemplateError):
-    """What a template raises by ``raise_exception``."""
 
 
 class Piece(NamedTuple):
@@ -87,6 +75,8 @@ class TokenizerOptions:
         language model that never saw a document begin with a picture makes its first embedding a sink of attention:
         gradients of an adapter are hundreds of times larger and useless unless a token it knows stands before
     around: text around media, by modality
+    control_words: added tokens, such as ``<think>``, that the words of samples may become. All others are spelled out
+        in them, also those that the tokenizer does not call special
     words_only: leave media out of documents, see `WordsOnly`
     """
 
@@ -95,6 +85,7 @@ class TokenizerOptions:
     end: str | None = None
     begin: str | None = None
     around: dict[str, Around] = field(default_factory=dict)
+    control_words: list[str] = field(default_factory=list)
     words_only: bool = False
 
     def __post_init__(self) -> None:
@@ -105,7 +96,7 @@ class TokenizerOptions:
 
 
 class _Span(NamedTuple):
-    """Text of one origin. Special tokens are recognised in trusted text only."""
+    """Text of one origin. Control words are recognised in trusted text only."""
 
     text: str
     loss: bool
@@ -131,16 +122,18 @@ class TextTokenizer:
         end: str | None = None,
         begin: str | None = None,
         around: dict[str, Around] | None = None,
+        control_words: Sequence[str] = (),
     ) -> None:
         """
         Args:
             definition: the content of a ``tokenizer.json``.
             roles: names of special tokens, ``{"eos_token": "<|im_end|>", …}``, as chat templates use them.
         """
-        self._arguments = (definition, roles, template, end, begin, around)
-        whole = Tokenizer.from_str(definition)
-        self._opening, self._inner = _text_only(definition)
-        self._special = _SpecialTokens(whole)
+        self._arguments = (definition, roles, template, end, begin, around, control_words)
+        whole = self._whole = Tokenizer.from_str(definition)
+        self._control = ControlWords(whole)
+        self._control.check_known(control_words)
+        self._opening, self._inner, self._unknown = tokenizers_of_words(definition, control_words)
         self._template = template
         self._around = around or {}
         self._roles = roles
@@ -165,9 +158,16 @@ class TextTokenizer:
             self.begin = (first,)
         self._begin = Piece(self.begin, loss=False)
         self.fingerprint = _fingerprint(
-            RULES, definition, roles, template, name, self.begin, repr(sorted(self._around.items()))
+            RULES,
+            definition,
+            roles,
+            template,
+            name,
+            self.begin,
+            repr(sorted(self._around.items())),
+            sorted(control_words),
         )
-        self._check_that_words_stay_words()
+        self._check_that_words_stay_words(control_words)
 
     @classmethod
     def load(cls, options: TokenizerOptions | str) -> TextTokenizer:
@@ -178,11 +178,13 @@ class TextTokenizer:
         """
         if isinstance(options, str):
             options = TokenizerOptions(options)
-        definition, roles, template = _read(options.path)
+        definition, roles, template = read_tokenizer(options.path)
         if options.template is not None:
-            template = _named_template(options.template)
+            template = named_template(options.template)
         kind = WordsOnly if options.words_only else cls
-        return kind(definition, roles, template, options.end, options.begin, options.around)
+        return kind(
+            definition, roles, template, options.end, options.begin, options.around, tuple(options.control_words)
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), self._arguments
@@ -190,12 +192,12 @@ class TextTokenizer:
     # ------------------------------------------------------------------------------------------------- plain text
 
     def encode(self, text: str) -> list[int]:
-        """Ids of untrusted text: never a special token, whatever it contains."""
+        """Ids of untrusted text: never a control word that the recipe does not allow, whatever it contains."""
         return self._opening.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, special tokens included."""
-        return self._opening.decode(list(ids), skip_special_tokens=False)
+        """The text of ids, control words included."""
+        return self._whole.decode(list(ids), skip_special_tokens=False)
 
     # -------------------------------------------------------------------------------------------------- documents
 
@@ -242,8 +244,8 @@ class TextTokenizer:
         if self._template is None:
             return frozenset({self.end})
         closing = self._skeleton(("user", "assistant"), prompt=False)[-1]
-        *_, token, _ = self._special.cut(_Span(closing[: self._end_of_turn(closing)], True, trusted=True))
-        return frozenset({self.end, *(token.ids if isinstance(token, Piece) else ())})
+        *_, last = self._control.find(closing[: self._end_of_turn(closing)])
+        return frozenset({self.end, last.id})
 
     def lengths(self, samples: Iterable[Sample]) -> np.ndarray:
         """(n,) int64 number of text tokens of every document, media not counted, in one batched call."""
@@ -302,13 +304,13 @@ class TextTokenizer:
 
     def _end_of_turn(self, closing: str) -> int:
         """Where the special token ends that closes a turn of the assistant."""
-        match = self._special.pattern.search(closing)
-        if match is None or closing[: match.start()].strip():
+        token = next((found for found in self._control.find(closing) if found.special), None)
+        if token is None or closing[: token.start].strip():
             raise ChatError(
                 f"the chat template writes {closing[:40]!r} after the assistant's words, which starts with no special "
                 f"token of the tokenizer: the model would never learn to end its turn"
             )
-        return match.end()
+        return token.end
 
     def _skeleton(self, roles: tuple[str, ...], prompt: bool) -> list[str]:
         """What the template writes before, between and after n messages: n + 1 texts. Depends on the roles alone."""
@@ -328,12 +330,10 @@ class TextTokenizer:
             )
         messages = [{"role": role, "content": f"mmContent{number}End"} for number, role in enumerate(roles)]
         try:
-            text = _compiled(self._template).render(
-                messages=messages, tools=None, documents=None, add_generation_prompt=prompt, **self._roles
-            )
-        except _Refusal as error:
+            text = render(self._template, messages, prompt, self._roles)
+        except TemplateRefuses as error:
             raise RefusedChat(f"the chat template refuses the roles {', '.join(roles)}: {error}") from error
-        except (TemplateError, TypeError) as error:  # TypeError: a template that expects contents of another shape
+        except TemplateFailed as error:
             raise ChatError(f"the chat template fails on the roles {', '.join(roles)}: {error}") from error
         texts = re.split(r"mmContent(\d+)End", text)
         found = [int(number) for number in texts[1::2]]
@@ -357,11 +357,11 @@ class TextTokenizer:
         return pieces
 
     def _runs(self, laid: Iterable[_Laid]) -> Iterator[tuple[bool, Piece | list[_Span]]]:
-        """Spans that are encoded together, and the special tokens and media between them; with whether a run opens."""
+        """Spans that are encoded together, and the control words and media between them; with whether a run opens."""
         run: list[_Span] = []
         opening = True
         for item in laid:
-            for cut in [item] if isinstance(item, Piece) or not item.trusted else self._special.cut(item):
+            for cut in [item] if isinstance(item, Piece) or not item.trusted else self._cut(item):
                 if isinstance(cut, _Span):
                     if cut.text:
                         run.append(cut)
@@ -373,6 +373,15 @@ class TextTokenizer:
                 opening = opening and cut is self._begin
         if run:
             yield opening, run
+
+    def _cut(self, span: _Span) -> Iterator[_Laid]:
+        """The text between the control words of a trusted span, and these as pieces."""
+        position = 0
+        for found in self._control.find(span.text):
+            yield span._replace(text=span.text[position : found.start])
+            yield Piece((found.id,), span.loss)
+            position = found.end
+        yield span._replace(text=span.text[position:])
 
     def _encoded(self, run: list[_Span], opening: bool) -> list[Piece]:
         """A token bears loss if it covers any character that does."""
@@ -387,12 +396,16 @@ class TextTokenizer:
         grouped = itertools.groupby(tokens, lambda token: token[1])
         return [Piece(tuple(number for number, _ in group), loss) for loss, group in grouped]
 
-    def _check_that_words_stay_words(self) -> None:
-        """Some models hold special tokens as ordinary pieces too: then words could not be told from commands."""
-        for name, number in self._special.ids.items():
-            if number in self.encode(name):
+    def _check_that_words_stay_words(self, allowed: Collection[str]) -> None:
+        """No control word may come of its own spelling, and `end` not of what the vocabulary cannot spell."""
+        names = {number: name for name, number in self._control.ids.items() if name not in allowed}
+        harmless = {self._unknown} - {self.end}
+        for text in (*names.values(), UNSPELLABLE):
+            made = (names.keys() & self.encode(text)) - harmless
+            if made:
                 raise RecipeError(
-                    f"tokenizer: plain text {name!r} becomes the special token itself; untrusted text could"
+                    f"tokenizer: plain text {text!r} becomes the control word {names[made.pop()]!r}, and so could the "
+                    f"words of a sample; name a tokenizer that keeps them apart"
                 )
 
 
@@ -435,89 +448,6 @@ class MediaOnly(TextTokenizer):
         return ""
 
 
-class _SpecialTokens:
-    """The special tokens of a tokenizer, found in trusted text."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        tokens = sorted(tokenizer.get_added_tokens_decoder().items(), key=lambda item: -len(item[1].content))
-        tokens = [(number, token) for number, token in tokens if token.special]
-        self.ids = {token.content: number for number, token in tokens}
-        # Some tokens swallow the white space beside them (Phi-3 writes "<|end|>\n" and means one token).
-        space = {False: "", True: r"\s*"}
-        forms = [f"{space[token.lstrip]}({re.escape(token.content)}){space[token.rstrip]}" for _, token in tokens]
-        self.pattern = re.compile("|".join(forms) or r"(?!)")
-
-    def cut(self, span: _Span) -> Iterator[_Laid]:
-        """The text between special tokens, and the tokens as pieces."""
-        position = 0
-        for match in self.pattern.finditer(span.text):
-            yield span._replace(text=span.text[position : match.start()])
-            yield Piece((self.ids[match[match.lastindex or 0]],), span.loss)
-            position = match.end()
-        yield span._replace(text=span.text[position:])
-
-
-# ------------------------------------------------------------------------------------------------------------- loading
-
-
-def _read(path: str) -> tuple[str, dict[str, str], str | None]:
-    """Definition, special roles and chat template of a tokenizer."""
-    try:
-        found = locate(path) if path.startswith(PACKAGE) or Path(path).expanduser().exists() else None
-    except (FileNotFoundError, ValueError) as error:
-        raise RecipeError(f"tokenizer: {error}") from error
-    if found is not None and found.is_file():
-        try:
-            tokenizer, roles, template = read_tokenizer(found)
-        except ValueError as error:
-            raise RecipeError(f"tokenizer: {error}") from error
-        return tokenizer.to_str(), roles, template
-
-    from transformers import AutoTokenizer  # seconds to import, and only needed here
-
-    try:
-        loaded: Any = AutoTokenizer.from_pretrained(str(found or path))
-    except (OSError, ValueError) as error:
-        raise RecipeError(
-            f"tokenizer: {path!r} is no folder or GGUF file here, nor a name that the hub gives: {error}"
-        ) from error
-    if not loaded.is_fast:
-        raise RecipeError(f"tokenizer: {path!r} has no tokenizer.json (a fast tokenizer); convert it with transformers")
-    template = loaded.chat_template
-    if isinstance(template, dict):  # several by name, for tools and the like
-        template = template.get("default")
-    roles = {name: str(token) for name, token in loaded.special_tokens_map.items() if not isinstance(token, list)}
-    return loaded.backend_tokenizer.to_str(), roles, template
-
-
-def _named_template(name: str) -> str:
-    if name == "chatml":
-        return CHATML
-    if "{{" in name or "{%" in name:
-        return name
-    return find_preset(name).read_text(encoding="utf-8")
-
-
-def _text_only(definition: str) -> tuple[Tokenizer, Tokenizer]:
-    """Tokenizers that take special tokens for plain text: one for the start of a document, one for within it.
-
-    They differ for SentencePiece models only, which put a space before the first word of a document and nowhere else.
-    """
-    content = json.loads(definition)
-    # Truncation and padding would change lengths; the post-processor adds tokens and trims spaces off the offsets.
-    content |= {"truncation": None, "padding": None, "post_processor": None}
-    opening = Tokenizer.from_str(json.dumps(content))
-    opening.encode_special_tokens = True
-    if '"prepend_scheme": "first"' not in json.dumps(content["pre_tokenizer"]):
-        return opening, opening
-    inner = json.loads(
-        json.dumps(content["pre_tokenizer"]).replace('"prepend_scheme": "first"', '"prepend_scheme": "never"')
-    )
-    tokenizer = Tokenizer.from_str(json.dumps(content | {"pre_tokenizer": inner}))
-    tokenizer.encode_special_tokens = True
-    return opening, tokenizer
-
-
 def _fingerprint(*content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -539,38 +469,3 @@ def _stripped(parts: list[Part]) -> list[Part]:
     if isinstance(parts[-1], Text):
         parts[-1] = replace(parts[-1], text=parts[-1].text.rstrip())
     return parts
-
-
-# ------------------------------------------------------------------------------------------------------ chat templates
-
-
-class _Generation(Extension):
-    """``{% generation %}…{% endgeneration %}``, by which templates mark what the assistant says: plain content."""
-
-    tags = {"generation"}  # noqa: RUF012  (jinja2 declares it so)
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _compiled(template: str) -> Any:
-    """A chat template in the dialect of transformers, sandboxed.
-
-    `strftime_now` is left out on purpose: a document with today's date would not have the length that the plan promised
-    yesterday. Templates fall back to a fixed date where it is undefined.
-    """
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
-    )
-    environment.globals["raise_exception"] = _refuse
-    environment.filters["tojson"] = _to_json
-    return environment.from_string(template)
-
-
-def _refuse(message: str) -> NoReturn:
-    raise _Refusal(message)
-
-
-def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)

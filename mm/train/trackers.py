@@ -11,9 +11,9 @@ import os
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 
+from mm.allow import is_available
 from mm.configure import RecipeError
 from mm.train.recipe import LogTo, Recipe
 
@@ -23,7 +23,7 @@ PROJECT = "mm"
 
 def check_installed(log_to: Sequence[LogTo]) -> None:
     """Raise `RecipeError` where a tracker's package is missing."""
-    missing = [name for name in log_to if name != "tensorboard" and find_spec(name) is None]
+    missing = [name for name in log_to if name != "tensorboard" and not is_available(name)]
     if missing:
         raise RecipeError(
             f"log_to names {' and '.join(missing)}, which this environment does not have: "

@@ -16,7 +16,6 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mm.allow import is_available
 from mm.configure import RecipeError
 from mm.model.trainable import Trainable
 from mm.train.activation import checkpoint_blocks
@@ -38,7 +38,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 def check_zero(options: ParallelOptions, optim: OptimOptions) -> None:
     """Raise `RecipeError` if DeepSpeed is not installed, or would not do what a recipe asks for."""
-    if find_spec("deepspeed") is None:
+    if not is_available("deepspeed"):
         raise RecipeError(
             "parallel.engine is deepspeed, which is not installed: pip install 'mm-pretrain[deepspeed]', or leave it "
             "out to train with FSDP2"
