@@ -19,6 +19,7 @@ from rich.table import Table
 
 from mm import configure
 from mm.configure import RecipeError
+from mm.data.failures import Stopped, in_sentences
 
 if TYPE_CHECKING:
     from mm.data.cache import ShardCache
@@ -434,7 +435,8 @@ def index(
     """Index a split of a card: one pass over its shards that later runs share. Unreadable samples are listed."""
     from mm.data.index import index_card
 
-    rows = index_card(load_card(card, cache, cache_folder), split, folder.expanduser(), processes)
+    with in_sentences("mm index", folder, "Use fewer --processes, or smaller shards"):
+        rows = index_card(load_card(card, cache, cache_folder), split, folder.expanduser(), processes)
     console.print(rows.summary(), highlight=False)
 
 
@@ -453,11 +455,13 @@ def build_shards(
     for option in options or []:
         key, _, value = option.partition("=")
         given[key] = value
-    built = build(name, out, **given)
+    advice = "A list in a .json file is read whole: write it as JSON lines, one record a line"
+    with in_sentences(f"mm data build {name}", out, advice):
+        built = build(name, out, **given)
     for split, samples in built.samples.items():
         console.print(f"{split}: {samples:,} samples")
-    for reason, count in built.skipped.most_common():
-        console.print(f"left out: {count:,} × {reason}")
+    for line in built.skips.lines():
+        console.print(f"left out: {line}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"{out} holds the shards and their card")
 
 
@@ -628,7 +632,10 @@ def drop_samples(
 
 
 def main() -> None:
-    """Entry point. Mistakes in a recipe or its data are a sentence and exit status 2, not a traceback."""
+    """Entry point. Mistakes in a recipe or its data are a sentence and exit status 2, not a traceback.
+
+    What memory, a disk or permissions stopped is a sentence and exit status 1, see `mm.data.failures`.
+    """
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # a user's own encoders; last, so that no file there hides a library
     try:
@@ -637,7 +644,7 @@ def main() -> None:
         if not _speaks_for_itself(error):
             raise
         errors.print(f"[red]{type(error).__name__}[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
-        raise SystemExit(2) from None
+        raise SystemExit(1 if isinstance(error, Stopped) else 2) from None
 
 
 def _speaks_for_itself(error: Exception) -> bool:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from mm.data.sources import dictionaries, image_folder, llava_json, mmc4, openclipart, python_docs, scenes
-from mm.data.sources.writer import Report
+from mm.data.sources.writer import BuildError, Report
 
 SOURCES: dict[str, Callable[..., Report]] = {
     "openclipart": openclipart.build,
@@ -35,7 +35,7 @@ SOURCES: dict[str, Callable[..., Report]] = {
 
 
 def build(name: str, out: str | Path, **options: Any) -> Report:
-    """What was written to the folder `out` by the builder of that name.
+    """Have the builder of that name write to the folder `out`.
 
     Args:
         name: a key of `SOURCES`.
@@ -43,24 +43,30 @@ def build(name: str, out: str | Path, **options: Any) -> Report:
         options: parameters of the builder; texts, as a command line gives them, become the types it declares.
 
     Raises:
-        ValueError: no such builder, an option that it does not have, lacks, or cannot take; names what is allowed.
+        BuildError: no such builder, an option that it does not have, lacks, or cannot take; names what is allowed.
     """
     if name not in SOURCES:
-        raise ValueError(f"no source {name!r}; there are {', '.join(SOURCES)}")
+        raise BuildError(f"no source {name!r}; there are {', '.join(SOURCES)}")
     builder = SOURCES[name]
     allowed = {key: value for key, value in inspect.signature(builder).parameters.items() if key != "out"}
     for key in options:
         if key not in allowed:
-            raise ValueError(f"{name} has no option {key!r}; it has {', '.join(allowed)}")
+            raise BuildError(f"{name} has no option {key!r}; it has {', '.join(allowed)}")
     for key, parameter in allowed.items():
         if parameter.default is parameter.empty and key not in options:
-            raise ValueError(f"{name} needs {key}=…; its options are {', '.join(allowed)}")
+            raise BuildError(f"{name} needs {key}=…; its options are {', '.join(allowed)}")
     types = get_type_hints(builder)
     return builder(Path(out), **{key: _typed(name, key, value, types[key]) for key, value in options.items()})
 
 
 def _typed(name: str, key: str, value: Any, kind: type) -> Any:
+    if isinstance(value, kind):
+        return value
+    if kind is bool:
+        if value not in ("true", "false"):
+            raise BuildError(f"{name}: {key}={value!r}, expected true or false")
+        return value == "true"
     try:
-        return value if isinstance(value, kind) else kind(value)
+        return kind(value)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{name}: {key}={value!r}, expected {kind.__name__}") from error
+        raise BuildError(f"{name}: {key}={value!r}, expected {kind.__name__}") from error
