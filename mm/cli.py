@@ -435,7 +435,7 @@ def index(
     """Index a split of a card: one pass over its shards that later runs share. Unreadable samples are listed."""
     from mm.data.index import index_card
 
-    with in_sentences("mm index", folder, "Use fewer --processes, or smaller shards"):
+    with in_sentences("mm index", folder.expanduser(), "Use fewer --processes, or smaller shards"):
         rows = index_card(load_card(card, cache, cache_folder), split, folder.expanduser(), processes)
     console.print(rows.summary(), highlight=False)
 

@@ -1,7 +1,7 @@
 """Builders that write shards and their card: ``mm data build NAME OUT [option=value …]``.
 
     openclipart     Debian's public-domain drawings with curated captions: the demo corpus, byte for byte
-    image-folder    any folder with pictures and a .txt or .json beside each
+    image-folder    any folder with pictures and a .txt or .json next to each
     llava-json      conversations in LLaVA's form and the folder of their pictures
     mmc4            interleaved documents in MMC4's form and the folder of their pictures
     scenes          a stream of scenes of any length, composed of the demo's drawings, with captions that say all
@@ -9,7 +9,9 @@
     wordnet         Debian's wordnet-base: meanings of words with examples, as running text
     python-docs     what this Python says about itself: English without a download
 
-A builder is a function ``build(out, **options) -> Report``; the options and their defaults are its parameters.
+A builder is a function ``build(out, **options) -> Report``; the options and their defaults are its parameters. What it
+writes replaces an earlier build when it is complete (`mm.data.sources.staging`). Every file and record that it leaves out
+is counted with its reason, and none ends the build (`mm.data.sources.folder`, `records`, `verify`).
 """
 
 from __future__ import annotations

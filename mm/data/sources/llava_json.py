@@ -104,9 +104,14 @@ def _fields(record: dict[str, Any], folder: Folder) -> dict[str, Any]:
     if not isinstance(record.get("conversations"), list):
         raise Unusable("no list of conversations")
     pictures: dict[str, bytes] = {}
-    for number, place in enumerate([folder.inside(name) for name in _names(record.get("image"))]):
-        room = MAX_MEMBER - sum(map(len, pictures.values()))
-        pictures[f"{number}.img"] = folder.read(place, room)
+    room = MAX_MEMBER
+    for number, name in enumerate(_names(record.get("image"))):
+        try:
+            picture = folder.read(folder.inside(name), room)
+        except Unusable as reason:
+            raise Unusable(f"{reason}: {name}") from reason
+        pictures[f"{number}.img"] = picture
+        room -= len(picture)
     return pictures | {"json": record}
 
 

@@ -54,7 +54,7 @@ def read_records(source: Path) -> Iterator[Found]:
     with source.open("rb") as stream:
         head = stream.read(_HEAD)
     refuse_compressed(str(source), head)
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")) and b"\0" in head:
         raise BuildError(f"{source} is UTF-16, expected UTF-8; convert it: iconv -f UTF-16 -t UTF-8")
     return _of_list(source) if head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[") else _of_lines(source)
 
