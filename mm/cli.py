@@ -21,6 +21,7 @@ from rich.table import Table
 from mm import configure, terminal
 from mm.allow import allow
 from mm.configure import RecipeError
+from mm.data.failures import Stopped, in_sentences
 from mm.terminal import console, errors, paragraph, printable, styled
 
 if TYPE_CHECKING:
@@ -431,7 +432,8 @@ def index(
     """Index a split of a card: one pass over its shards that later runs share. Unreadable samples are listed."""
     from mm.data.index import index_card
 
-    rows = index_card(load_card(card, cache, cache_folder), split, folder.expanduser(), processes)
+    with in_sentences("mm index", folder.expanduser(), "Use fewer --processes, or smaller shards"):
+        rows = index_card(load_card(card, cache, cache_folder), split, folder.expanduser(), processes)
     console.print(paragraph(rows.summary(), indent="  "), soft_wrap=True)
 
 
@@ -450,11 +452,13 @@ def build_shards(
     for option in options or []:
         key, _, value = option.partition("=")
         given[key] = value
-    built = build(name, out, **given)
+    advice = "A list in a .json file is read whole: write it as JSON lines, one record a line"
+    with in_sentences(f"mm data build {name}", out, advice):
+        built = build(name, out, **given)
     for split, samples in built.samples.items():
         console.print(f"{split}: {samples:,} samples")
-    for reason, count in built.skipped.most_common():
-        console.print(f"left out: {count:,} × {reason}", soft_wrap=True)
+    for line in built.skips.lines():
+        console.print(f"left out: {line}", soft_wrap=True)
     console.print(f"{out} holds the shards and their card")
 
 
@@ -661,7 +665,10 @@ _allow_everywhere(app)
 
 
 def main() -> None:
-    """Entry point. Mistakes in a recipe or its data are a sentence and exit status 2, not a traceback."""
+    """Entry point. Mistakes in a recipe or its data are a sentence and exit status 2, not a traceback.
+
+    What memory, a disk or permissions stopped is a sentence and exit status 1, see `mm.data.failures`.
+    """
     terminal.replace_what_cannot_be_encoded()
     try:
         app()
@@ -670,7 +677,7 @@ def main() -> None:
             errors.print(paragraph(traceback.format_exc(), indent="  "), soft_wrap=True)
             raise SystemExit(1) from None
         errors.print(styled((type(error).__name__, "red")), paragraph(str(error), indent="  "), soft_wrap=True)
-        raise SystemExit(2) from None
+        raise SystemExit(1 if isinstance(error, Stopped) else 2) from None
 
 
 def _speaks_for_itself(error: Exception) -> bool:

@@ -471,7 +471,7 @@ def test_mmc4_documents_with_all_their_pictures_become_shards(documents: Path) -
     assert built_pages(documents / "out") == [["One.", 10, "Two. Three."], ["One. Two. Three."]]
     assert report.samples == {"train": 2, "validation": 0}
     assert report.skipped == {
-        "a picture is not there": 4,
+        "the file is not there": 4,
         "broken page": 1,
         "no list of image_info": 1,
         "the path of a picture leads out of the folder": 1,
@@ -491,14 +491,14 @@ def test_mmc4_documents_may_do_without_pictures_that_are_missing_or_broken(docum
         ["One. Two. Three."],
     ]
     assert report.samples["train"] == 6
-    assert report.skipped["a picture is not there (the document is kept)"] == 4
+    assert report.skipped["the file is not there (the document is kept)"] == 4
     assert report.skipped["the path of a picture leads out of the folder"] == 1
 
 
 def test_the_mmc4_builder_says_what_it_lacks(documents: Path) -> None:
     with pytest.raises(FileNotFoundError, match="are to be unzipped"):
         build("mmc4", documents / "out", source=documents / "pictures", images=documents / "pictures")
-    with pytest.raises(FileNotFoundError, match="no folder of images"):
+    with pytest.raises(FileNotFoundError, match="no folder at"):
         build("mmc4", documents / "out", source=documents / "docs", images=documents / "photos")
     with pytest.raises(ValueError, match="allowed are error, drop"):
         build("mmc4", documents / "out", source=documents / "docs", images=documents / "pictures", missing="skip")

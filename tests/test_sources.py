@@ -23,7 +23,8 @@ from mm.data.shards import Record
 from mm.data.sources import build, openclipart
 from mm.data.sources.conversations import conversations
 from mm.data.sources.splits import NEAR_COLOURS, NEAR_SHAPE, SPLITS, colours_of, split_by_group, without_near_duplicates
-from mm.data.sources.writer import Member, rank, split_of, write_shards
+from mm.data.sources.staging import staged
+from mm.data.sources.writer import BuildError, Member, rank, split_of, write_shards
 from mm.media import decode, hamming, perceptual_hash
 from mm.sample import Image, Sample, Text
 
@@ -67,24 +68,27 @@ def samples(card: Card, split: str) -> list[Sample]:
 
 def test_the_bytes_of_a_shard_depend_on_its_samples_alone(tmp_path: Path) -> None:
     for folder in ("a", "b"):
-        write_shards([Member("x", {"txt": "dog", "json": {"n": 1}})], tmp_path / folder, "train", 10)
+        with staged(tmp_path / folder, ["train"]) as stage:
+            write_shards([Member("x", {"txt": "dog", "json": {"n": 1}})], stage, "train", 10)
     first, second = (tmp_path / folder / "train-0000.tar" for folder in "ab")
     assert first.read_bytes() == second.read_bytes()
     assert members(first) == {"x.txt": b"dog", "x.json": b'{"n":1}'}
 
 
 def test_shards_are_cut_by_count_and_replace_those_of_an_earlier_build(tmp_path: Path) -> None:
-    write_shards([Member(str(n), {"txt": "old"}) for n in range(5)], tmp_path, "train", 1)
-    assert write_shards([Member(str(n), {"txt": "new"}) for n in range(5)], tmp_path, "train", 2) == 5
+    with staged(tmp_path, ["train"]) as stage:
+        write_shards([Member(str(n), {"txt": "old"}) for n in range(5)], stage, "train", 1)
+    with staged(tmp_path, ["train"]) as stage:
+        assert write_shards([Member(str(n), {"txt": "new"}) for n in range(5)], stage, "train", 2) == 5
     shards = sorted(path.name for path in tmp_path.iterdir())
     assert shards == ["train-0000.tar", "train-0001.tar", "train-0002.tar"]
     assert members(tmp_path / "train-0002.tar") == {"4.txt": b"new"}
 
 
 def test_two_samples_with_one_key_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="'same'"):
-        write_shards([Member("same", {"txt": "a"}), Member("same", {"txt": "b"})], tmp_path, "train", 10)
-    assert not (tmp_path / "train-0000.tar").exists()
+    with pytest.raises(BuildError, match="'same'"), staged(tmp_path, ["train"]) as stage:
+        write_shards([Member("same", {"txt": "a"}), Member("same", {"txt": "b"})], stage, "train", 10)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_validation_split_has_about_its_share() -> None:
@@ -131,11 +135,14 @@ def test_a_folder_of_pictures_and_words_becomes_a_dataset(tmp_path: Path) -> Non
     assert found[1].media == (Image(drawing(1)),)
 
 
-def test_two_files_that_give_one_name_are_refused(tmp_path: Path) -> None:
+def test_of_two_pictures_that_give_one_name_the_first_is_a_sample_and_the_other_is_counted(tmp_path: Path) -> None:
     for name in ("a.b.png", "a_b.png"):
         (tmp_path / name).write_bytes(drawing(1))
-    with pytest.raises(ValueError, match=r"a_b\.png would both be"):
-        build("image-folder", tmp_path / "out", source=tmp_path)
+        (tmp_path / name).with_suffix(".txt").write_text(name)
+    report = build("image-folder", tmp_path / "out", source=tmp_path, validation=0)
+    assert [one.parts[1] for one in samples(Card.load(tmp_path / "out" / "card.yaml"), "train")] == [Text("a.b.png")]
+    assert report.skipped == {"another picture gives a sample of this name; rename one": 1}
+    assert list(report.skips.examples.values()) == ["a_b.png"]
 
 
 def turns(question: str) -> list[dict[str, str]]:
@@ -165,10 +172,10 @@ def test_conversations_become_chats_and_what_cannot_be_used_is_counted(tmp_path:
 
     assert report.samples == {"train": 3, "validation": 0}
     assert report.skipped == {
-        "markers and pictures differ in number": 1,
-        "the picture is not there": 1,
+        "image markers and files differ": 1,
+        "the file is not there": 1,
         "the path of a picture leads out of the folder": 1,
-        "no list of conversations": 1,
+        "broken record": 1,
     }
     one, two, none = samples(Card.load(tmp_path / "out" / "card.yaml"), "train")
     assert one.media == (Image(drawing(1), "user"),)

@@ -30,13 +30,13 @@ class JsonlShard(Shard):
     def _scan(self) -> Iterator[Scanned]:
         self.refuse_head()
         with self.file.stream() as stream:
-            for found, line in enumerate(_lines(stream)):
+            for found, line in enumerate(lines(stream)):
                 place = (line.offset, line.size)
                 if found == 0 and line.data.lstrip().startswith(b"["):
                     yield Scanned("", (0, self.file.stat().size), None, _ARRAY)
                     return
                 try:
-                    record, error = Record(_key(place), _object(line)), None
+                    record, error = Record(_key(place), parse_object(line)), None
                 except ValueError as problem:
                     record, error = None, f"{problem}, in line {line.number}"
                 yield Scanned(_key(place), place, record, error)
@@ -47,12 +47,12 @@ class JsonlShard(Shard):
         try:
             if len(data) < size:
                 raise ValueError(f"the file ends after {len(data)} of them")
-            return Record(_key(place), _object(_Line(0, offset, size, data)))
+            return Record(_key(place), parse_object(Line(0, offset, size, data)))
         except ValueError as error:
             raise ShardChanged(f"{self.path}: no record at bytes {offset}:{offset + size}: {error}") from error
 
 
-class _Line(NamedTuple):
+class Line(NamedTuple):
     """A line without what ends it.
 
     number: from 1, empty lines counted
@@ -68,8 +68,8 @@ class _Line(NamedTuple):
     cut: bool = False
 
 
-def _lines(stream: IO[bytes]) -> Iterator[_Line]:
-    """The lines that are not empty."""
+def lines(stream: IO[bytes]) -> Iterator[Line]:
+    """The lines that are not empty. Only a line feed ends one: JSON may hold U+2028 and the like as they are."""
     offset = 0
     for number in itertools.count(1):
         data = end = stream.readline(MAX_LINE)
@@ -82,11 +82,11 @@ def _lines(stream: IO[bytes]) -> Iterator[_Line]:
         ended = end.endswith(b"\n")
         mark = len(_BYTE_ORDER_MARK) if number == 1 and data.startswith(_BYTE_ORDER_MARK) else 0
         if data.strip():
-            yield _Line(number, offset + mark, size - mark - ended, data[mark:].removesuffix(b"\n"), cut=not ended)
+            yield Line(number, offset + mark, size - mark - ended, data[mark:].removesuffix(b"\n"), cut=not ended)
         offset += size
 
 
-def _object(line: _Line) -> dict[str, Any]:
+def parse_object(line: Line) -> dict[str, Any]:
     """The object in a line.
 
     Raises:
@@ -103,7 +103,7 @@ def _object(line: _Line) -> dict[str, Any]:
     return record
 
 
-def _reason(line: _Line, error: Exception) -> str:
+def _reason(line: Line, error: Exception) -> str:
     if line.cut:
         return "truncated shard: the last line has no end and is no JSON"
     return "text is not UTF-8" if isinstance(error, UnicodeDecodeError) else "broken JSON"

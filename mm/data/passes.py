@@ -110,8 +110,12 @@ def write_table(table: pa.Table, file: Path, key: bytes, stamp: Any, group: int 
         group: rows of a row group, for files that are read in shuffled order.
     """
     unfinished, stamped = file.with_suffix(".unfinished"), table.replace_schema_metadata({key: json.dumps(stamp)})
-    pq.write_table(stamped, unfinished, compression="zstd", row_group_size=group)
-    unfinished.replace(file)
+    try:
+        pq.write_table(stamped, unfinished, compression="zstd", row_group_size=group)
+        unfinished.replace(file)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
 
 
 def read_stamp(file: Path, key: bytes) -> Any:

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import gzip
 import re
-from collections import Counter
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from mm.data.sources.debian import package_files
-from mm.data.sources.writer import Report, rank, split_of, write_card, write_lines
+from mm.data.sources.staging import staged
+from mm.data.sources.writer import BuildError, Report, Skips, rank, split_of, write_card, write_lines
 
 GCIDE = PurePosixPath("usr/share/dictd")
 WORDNET = PurePosixPath("usr/share/wordnet")
@@ -34,7 +35,7 @@ class Entry(NamedTuple):
 
 
 def build_gcide(out: Path, source: Path, validation: float = 0.01, samples_per_shard: int = 20_000) -> Report:
-    """What was written of GCIDE.
+    """Write the entries of GCIDE.
 
     Args:
         out: folder for the shards and ``card.yaml``.
@@ -44,21 +45,21 @@ def build_gcide(out: Path, source: Path, validation: float = 0.01, samples_per_s
 
     Raises:
         FileNotFoundError: the package is not there, or lacks the dictionary; says how to get it.
-        ValueError: an index that does not fit its dictionary.
+        BuildError: an index that does not fit its dictionary.
     """
     files = _files("dict-gcide", source, GCIDE, ("gcide.index", "gcide.dict.dz"))
-    entries = gcide_entries(files["gcide.index"], gzip.decompress(files["gcide.dict.dz"]))
+    entries = gcide_entries(files["gcide.index"], _unpacked(files["gcide.dict.dz"]))
     about = {
         "name": "gcide",
         "licence": "GPL-2.0-or-later (GNU Collaborative International Dictionary of English)",
         "origin": "Debian package dict-gcide, by `mm data build gcide`",
         "description": "Entries of a dictionary of 1913 and later additions, without pronunciation and etymology.",
     }
-    return write_entries(out, entries, about, validation, samples_per_shard, Counter())
+    return write_entries(out, entries, about, validation, samples_per_shard, Skips())
 
 
 def build_wordnet(out: Path, source: Path, validation: float = 0.01, samples_per_shard: int = 20_000) -> Report:
-    """What was written of WordNet.
+    """Write the meanings of WordNet.
 
     Args:
         out: folder for the shards and ``card.yaml``.
@@ -77,7 +78,7 @@ def build_wordnet(out: Path, source: Path, validation: float = 0.01, samples_per
         "origin": "Debian package wordnet-base, by `mm data build wordnet`",
         "description": "The meanings of words with their synonyms and examples.",
     }
-    return write_entries(out, entries, about, validation, samples_per_shard, Counter())
+    return write_entries(out, entries, about, validation, samples_per_shard, Skips())
 
 
 def _files(package: str, source: Path, folder: PurePosixPath, wanted: Iterable[str]) -> dict[str, bytes]:
@@ -87,44 +88,63 @@ def _files(package: str, source: Path, folder: PurePosixPath, wanted: Iterable[s
         raise FileNotFoundError(f"{error}. How to get it: `apt-get download {package}`, then source=….deb") from error
 
 
+def _unpacked(data: bytes) -> bytes:
+    try:
+        return gzip.decompress(data)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise BuildError(f"gcide.dict.dz is damaged: {error}; download the package again") from error
+
+
 def write_entries(
     out: Path,
     entries: Iterable[Entry],
     about: Mapping[str, str],
     validation: float,
     samples_per_shard: int,
-    skipped: Counter[str],
+    skips: Skips,
 ) -> Report:
-    """What was written, each split in an order that a hash decides, so that no shard is all about words of one letter.
+    """Write entries, each split in an order that a hash decides, so that no shard is all about words of one letter.
 
     Args:
         about: name, licence, origin and description, for the card.
-        skipped: counts what is left out; entries may count there, too.
+        skips: counts what is left out; entries may count there, too.
     """
     splits: dict[str, list[Entry]] = {"train": [], "validation": []}
     for entry in entries:
         if len(entry.text) < SHORTEST:
-            skipped["no meaning"] += 1
+            skips.add("no meaning", entry.headword)
+        elif not entry.text.isascii() and re.search("[\ud800-\udfff]", entry.text):
+            skips.add("text is not UTF-8", ascii(entry.headword))
         else:
             splits[split_of(entry.headword.lower(), validation)].append(entry)
-    samples = {}
-    for split, members in splits.items():
-        members.sort(key=lambda entry: rank("order", entry.text))
-        samples[split] = write_lines((entry._asdict() for entry in members), out, split, samples_per_shard)
-    filled = [split for split in splits if samples[split]]
-    statistics = {
-        split: {"samples": samples[split], "characters": sum(len(entry.text) for entry in splits[split])}
-        for split in filled
-    }
-    card = {
-        **about,
-        "format": "jsonl",
-        "splits": {split: {"shards": [f"{split}-*.jsonl"]} for split in filled},
-        "sample": [{"text": "text"}],
-        "statistics": statistics,
-    }
-    write_card(out / "card.yaml", card)
-    return Report(samples, skipped)
+    with staged(out, list(splits), extension="jsonl") as stage:
+        samples = {}
+        for split, members in splits.items():
+            members.sort(key=lambda entry: rank("order", entry.text))
+            samples[split] = write_lines((entry._asdict() for entry in members), stage, split, samples_per_shard)
+        filled = [split for split in splits if samples[split]]
+        if not filled:
+            raise BuildError(f"{about['origin']}: no entry could be used; left out: {skips}")
+        statistics = {
+            split: {"samples": samples[split], "characters": sum(len(entry.text) for entry in splits[split])}
+            for split in filled
+        }
+        card = {
+            **about,
+            "format": "jsonl",
+            "splits": {split: {"shards": [f"{split}-*.jsonl"]} for split in filled},
+            "sample": [{"text": "text"}],
+            "statistics": statistics,
+        }
+        write_card(stage / "card.yaml", card)
+    return Report(samples, skips)
+
+
+def _decoded(data: bytes, name: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BuildError(f"{name} is not UTF-8: {error.reason} at byte {error.start}") from error
 
 
 # -------------------------------------------------------------------------------------------------------------- GCIDE
@@ -144,16 +164,16 @@ def gcide_entries(index: bytes, dictionary: bytes) -> Iterator[Entry]:
         dictionary: the entries, unpacked.
 
     Raises:
-        ValueError: a line that is none, or a place outside of the dictionary.
+        BuildError: a line that is none, or a place outside of the dictionary.
     """
     places = set()
-    for number, line in enumerate(index.decode("utf-8").splitlines(), start=1):
+    for number, line in enumerate(_decoded(index, "the index").removesuffix("\n").split("\n"), start=1):
         headword, *place = line.split("\t")
         if len(place) != 2 or not set("".join(place)) <= set(_DIGITS):
-            raise ValueError(f"line {number} of the index is {line!r}, expected headword, offset and length")
+            raise BuildError(f"line {number} of the index is {line!r}, expected headword, offset and length")
         offset, length = map(_number, place)
         if offset + length > len(dictionary):
-            raise ValueError(f"line {number} of the index ends at byte {offset + length} of {len(dictionary)}")
+            raise BuildError(f"line {number} of the index ends at byte {offset + length} of {len(dictionary)}")
         if not headword.startswith("00-"):  # about the dictionary
             places.add((offset, length))
     for offset, length in sorted(places):
@@ -193,7 +213,7 @@ def wordnet_entries(data: bytes, part: str) -> Iterator[Entry]:
         data: the content of ``data.{part}``; a line a meaning, after a licence whose lines begin with a space.
         part: a key of `PARTS_OF_SPEECH`.
     """
-    for line in data.decode("utf-8").splitlines():
+    for line in _decoded(data, f"data.{part}").removesuffix("\n").split("\n"):
         if line.startswith(" "):
             continue
         facts, _, gloss = line.partition(" | ")

@@ -7,21 +7,33 @@ as one JSON array, or as JSON lines. Records without a picture are text-only cha
 
 from __future__ import annotations
 
-import json
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mm.data.sources.writer import Member, Report, split_of, write_card, write_shards
-from mm.media import BrokenMedia, facts
-from mm.sample import Image
+from mm.data.shards import MAX_RECORD
+from mm.data.sources.folder import Folder
+from mm.data.sources.records import Found, read_records
+from mm.data.sources.staging import staged
+from mm.data.sources.verify import CardCheck
+from mm.data.sources.writer import (
+    BuildError,
+    Member,
+    Report,
+    Skips,
+    Unusable,
+    printable_name,
+    split_of,
+    write_card,
+    write_shards,
+)
+from mm.sample import BrokenSample
 from mm.terminal import track
 
-MARKER = "<image>"
 MOST_IMAGES = 16
 SAMPLE = {"chat": "json.conversations", "images": [f"{number}.img" for number in range(MOST_IMAGES)]}
 """The card's mapping. Pictures have one extension, whatever their format, since the mapping names its fields."""
+SPLITS = ("train", "validation")
 
 
 def build(
@@ -32,11 +44,12 @@ def build(
     samples_per_shard: int = 1000,
     licence: str = "unknown",
     name: str = "",
+    follow_links: bool = False,
 ) -> Report:
-    """What was written: conversations in the order of the file, pictures as they are.
+    """Write conversations in the order of the file, pictures as they are.
 
-    Records that cannot be used (a picture that is missing or broken, another number of markers than of pictures) are
-    left out and counted by reason.
+    Records that cannot be used (a picture that is missing or broken, another number of markers than of pictures, turns
+    that are no chat) are left out and counted by reason.
 
     Args:
         out: folder for the shards and ``card.yaml``.
@@ -46,72 +59,68 @@ def build(
         samples_per_shard: where shards are cut.
         licence: of pictures and words, for the card.
         name: of the dataset, for the card; by default that of the file.
+        follow_links: read also what links lead to that is not in the folder of pictures.
 
     Raises:
         FileNotFoundError: the file or the folder is not there.
-        ValueError: the file is not a list of records, or none of them can be used.
+        BuildError: the file is no list of records, or none of them can be used.
     """
-    if not images.is_dir():
-        raise FileNotFoundError(f"no folder of images at {images}")
-    records = {f"{number:08d}": record for number, record in enumerate(_read(source))}
-    skipped: Counter[str] = Counter()
-    samples = {}
-    for split in ("train", "validation"):
-        members = {key: record for key, record in records.items() if split_of(key, validation) == split}
-        samples[split] = write_shards(_members(members, images, split, skipped), out, split, samples_per_shard)
-    if not sum(samples.values()):
-        raise ValueError(f"{source}: no record could be used; reasons: {dict(skipped)}")
-    splits = [split for split, count in samples.items() if count]
-    card = {"name": name or source.stem, "licence": licence, "origin": f"conversations of {source.name}"}
-    write_card(out / "card.yaml", card | {"splits": splits, "sample": SAMPLE})
-    return Report(samples, skipped)
+    folder, skips = Folder(images, follow_links), Skips()
+    records = sum(1 for _ in read_records(source))  # an error at the end of a list is found before pictures are read
+    with staged(out, SPLITS) as stage:
+        samples = {}
+        for split in SPLITS:
+            found = track(read_records(source), description=split, total=records)
+            numbered = ((f"{number:08d}", record) for number, record in enumerate(found))
+            of_split = ((key, record) for key, record in numbered if split_of(key, validation) == split)
+            samples[split] = write_shards(_members(of_split, folder, skips), stage, split, samples_per_shard)
+        if not sum(samples.values()):
+            raise BuildError(f"{source}: none of {records:,} records could be used; left out: {skips}")
+        card = {
+            "name": printable_name(name, source.stem),
+            "licence": licence,
+            "origin": f"conversations of {printable_name(source.name)}",
+        }
+        splits = [split for split, count in samples.items() if count]
+        write_card(stage / "card.yaml", card | {"splits": splits, "sample": SAMPLE})
+    return Report(samples, skips)
 
 
-def _read(source: Path) -> list[Any]:
-    text = source.read_text(encoding="utf-8")
-    records = (
-        [json.loads(line) for line in text.splitlines() if line] if source.suffix == ".jsonl" else json.loads(text)
-    )
-    if not isinstance(records, list):
-        raise ValueError(f"{source}: expected a list of records, found a {type(records).__name__}")
-    return records
-
-
-class _Unusable(ValueError):
-    """A record that is left out; the message is the reason, the same for all records with that fault."""
-
-
-def _members(records: dict[str, Any], images: Path, split: str, skipped: Counter[str]) -> Iterator[Member]:
-    root = images.resolve()
-    for key, record in track(records.items(), description=split):
+def _members(records: Iterable[tuple[str, Found]], folder: Folder, skips: Skips) -> Iterator[Member]:
+    check = CardCheck(SAMPLE)
+    for key, found in records:
         try:
-            yield Member(key, _fields(record, root))
-        except (_Unusable, BrokenMedia) as reason:
-            skipped[str(reason)] += 1
+            if found.record is None:
+                raise Unusable(str(found.error))
+            fields = check.fields(_fields(found.record, folder))
+        except BrokenSample as reason:
+            skips.add_broken(reason, found.where)
+        else:
+            yield Member(key, fields)
 
 
-def _fields(record: Any, root: Path) -> dict[str, Any]:
-    if not isinstance(record, dict) or not isinstance(record.get("conversations"), list):
-        raise _Unusable("no list of conversations")
-    names = record.get("image") or []
-    names = [names] if isinstance(names, str) else names
-    markers = sum(
-        str(turn.get("value", "")).count(MARKER) for turn in record["conversations"] if isinstance(turn, dict)
-    )
-    if markers != len(names):
-        raise _Unusable("markers and pictures differ in number")
+def _fields(record: dict[str, Any], folder: Folder) -> dict[str, Any]:
+    if not isinstance(record.get("conversations"), list):
+        raise Unusable("no list of conversations")
+    pictures: dict[str, bytes] = {}
+    room = MAX_RECORD
+    for number, name in enumerate(_names(record.get("image"))):
+        try:
+            picture = folder.read(folder.inside(name), room)
+        except Unusable as reason:
+            raise Unusable(f"{reason}: {name}") from reason
+        pictures[f"{number}.img"] = picture
+        room -= len(picture)
+    return pictures | {"json": record}
+
+
+def _names(image: Any) -> list[str]:
+    """The names of a record's pictures; null and the empty text are none."""
+    names = [] if image is None or image == "" else image if isinstance(image, list) else [image]
     if len(names) > MOST_IMAGES:
-        raise _Unusable(f"more than {MOST_IMAGES} pictures")
-    return {f"{number}.img": data for number, data in enumerate(_pictures(names, root))} | {"json": record}
-
-
-def _pictures(names: Sequence[str], root: Path) -> Iterator[bytes]:
+        raise Unusable(f"more than {MOST_IMAGES} pictures")
     for name in names:
-        path = (root / name).resolve()
-        if not path.is_relative_to(root):
-            raise _Unusable("the path of a picture leads out of the folder")
-        if not path.is_file():
-            raise _Unusable("the picture is not there")
-        data = path.read_bytes()
-        facts(Image(data))
-        yield data
+        if not isinstance(name, str):
+            kind = "null" if name is None else type(name).__name__
+            raise Unusable(f"the name of a picture is no text: {kind}")
+    return names

@@ -7,22 +7,35 @@ Every document becomes one sample: its JSON and its pictures, ``0.img``, ``1.img
 
 from __future__ import annotations
 
-import errno
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mm.data.jsonl import JsonlShard
-from mm.data.mapping import parse_mapping
-from mm.data.shards import LocalFile, Scanned
-from mm.data.sources.writer import Member, Report, split_of, write_card, write_shards
-from mm.media import BrokenMedia, facts
+from mm.data.hidden import is_hidden
+from mm.data.shards import MAX_RECORD
+from mm.data.sources.folder import Folder
+from mm.data.sources.records import Found, read_records
+from mm.data.sources.staging import staged
+from mm.data.sources.verify import CardCheck
+from mm.data.sources.writer import (
+    BuildError,
+    Member,
+    Report,
+    Skips,
+    Unusable,
+    printable_name,
+    split_of,
+    write_card,
+    write_shards,
+)
+from mm.media import facts
 from mm.sample import BrokenSample, Image
 from mm.terminal import Progress
 
 SAMPLE = {"texts": "json.text_list", "images": "json.image_info", "at": "matched_text_index", "numbered": "img"}
 """The card's mapping. Pictures have one extension, whatever their format, since the mapping names its fields."""
+
+SPLITS = ("train", "validation")
 
 
 def build(
@@ -34,8 +47,9 @@ def build(
     samples_per_shard: int = 1000,
     licence: str = "unknown",
     name: str = "",
+    follow_links: bool = False,
 ) -> Report:
-    """What was written: documents in the order of the files, pictures as they are.
+    """Write documents in the order of the files, pictures as they are.
 
     Documents that cannot be used are left out and counted by reason.
 
@@ -48,29 +62,36 @@ def build(
         samples_per_shard: where shards are cut.
         licence: of pictures and words, for the card.
         name: of the dataset, for the card; by default that of the file or folder.
+        follow_links: read also what links lead to that is not in the folder of pictures.
 
     Raises:
         FileNotFoundError: the files or the folder are not there.
-        ValueError: `missing` is neither, or no document can be used.
+        BuildError: `missing` is neither, or no document can be used.
     """
     if missing not in ("error", "drop"):
-        raise ValueError(f"missing={missing!r}, allowed are error, drop")
-    if not images.is_dir():
-        raise FileNotFoundError(f"no folder of images at {images}")
+        raise BuildError(f"missing={missing!r}, allowed are error, drop")
+    pages = _Pages(Folder(images, follow_links), missing == "drop")
     files = sorted(source.glob("*.jsonl")) if source.is_dir() else [source]
-    if not files or not files[0].is_file():
+    for file in [file for file in files if is_hidden(file.name)]:
+        pages.skips.add("a hidden file or folder", file)
+        files.remove(file)
+    if not files or not files[0].exists():
         raise FileNotFoundError(f"no .jsonl file at {source}; MMC4's .jsonl.zip files are to be unzipped first")
-    pages = _Pages(images.resolve(), missing == "drop")
-    samples = {
-        split: write_shards(_members(files, pages, split, validation), out, split, samples_per_shard)
-        for split in ("train", "validation")
-    }
-    if not sum(samples.values()):
-        raise ValueError(f"{source}: no document could be used; reasons: {dict(pages.skipped)}")
-    splits = [split for split, count in samples.items() if count]
-    card = {"name": name or source.stem, "licence": licence, "origin": f"documents of {source.name}"}
-    write_card(out / "card.yaml", card | {"splits": splits, "sample": SAMPLE})
-    return Report(samples, pages.skipped)
+    with staged(out, SPLITS) as stage:
+        samples = {
+            split: write_shards(_members(files, pages, split, validation), stage, split, samples_per_shard)
+            for split in SPLITS
+        }
+        if not sum(samples.values()):
+            raise BuildError(f"{source}: no document could be used; left out: {pages.skips}")
+        card = {
+            "name": printable_name(name, source.stem, source.resolve().name, "mmc4"),
+            "licence": licence,
+            "origin": f"documents of {printable_name(source.name, source.resolve().name, '/')}",
+        }
+        splits = [split for split, count in samples.items() if count]
+        write_card(stage / "card.yaml", card | {"splits": splits, "sample": SAMPLE})
+    return Report(samples, pages.skips)
 
 
 def _members(files: Sequence[Path], pages: _Pages, split: str, validation: float) -> Iterator[Member]:
@@ -79,76 +100,60 @@ def _members(files: Sequence[Path], pages: _Pages, split: str, validation: float
     with Progress() as progress:
         bar = progress.add_task(split, total=sum(file.stat().st_size for file in files))
         for file in files:
-            for scanned in JsonlShard(LocalFile(str(file))).scan():
+            for found in read_records(file):
                 key = f"{number:08d}"
                 number += 1
-                progress.advance(bar, scanned.place[1] + 1)
-                if split_of(key, validation) == split and (fields := pages.fields(scanned)):
+                progress.advance(bar, found.size)
+                if split_of(key, validation) == split and (fields := pages.fields(found, file)):
                     yield Member(key, fields)
 
 
-class _Missing(ValueError):
-    """A picture that is not there; the message is the reason, the same for all."""
-
-
 class _Pages:
-    """Documents with their pictures, and the count of what was left out, by reason.
+    """Documents with their pictures, and what was left out.
 
     Args:
-        images: folder with the pictures, resolved.
+        images: folder with the pictures.
         drop: leave out a picture that cannot be used, not its document.
     """
 
-    def __init__(self, images: Path, drop: bool) -> None:
-        self.skipped: Counter[str] = Counter()
+    def __init__(self, images: Folder, drop: bool) -> None:
+        self.skips = Skips()
         self._images = images
         self._drop = drop
-        self._mapping = parse_mapping(SAMPLE)
+        self._check = CardCheck(SAMPLE)
 
-    def fields(self, scanned: Scanned) -> dict[str, Any] | None:
+    def fields(self, found: Found, file: Path) -> dict[str, bytes] | None:
         """The fields of a document's sample, None if it is left out."""
+        where = f"{file.name}, {found.where}"
         try:
-            if scanned.record is None:
-                raise BrokenSample(str(scanned.error))
-            fields = self._with_pictures(scanned.record.fields)
-            self._mapping.parts(fields, 0)
-        except (BrokenSample, _Missing) as reason:
-            self.skipped[str(reason).partition(":")[0]] += 1
+            if found.record is None:
+                raise Unusable(str(found.error))
+            return self._check.fields(self._with_pictures(found.record, where))
+        except BrokenSample as reason:
+            self.skips.add_broken(reason, where)
             return None
-        return fields
 
-    def _with_pictures(self, document: dict[str, Any]) -> dict[str, Any]:
+    def _with_pictures(self, document: dict[str, Any], where: str) -> dict[str, Any]:
         entries = document.get("image_info")
         if not isinstance(entries, list):
-            raise BrokenSample("no list of image_info")
-        kept, pictures = [], {}
+            raise Unusable("no list of image_info")
+        kept: list[Any] = []
+        pictures: dict[str, bytes] = {}
+        room = MAX_RECORD
         for entry in entries:
+            name = entry.get("image_name") if isinstance(entry, dict) else None
+            if not isinstance(name, str):
+                raise Unusable("a picture without image_name")
+            place = self._images.inside(name)
             try:
-                picture = self._picture(entry)
-            except (_Missing, BrokenMedia) as reason:
+                picture = self._images.read(place, room)
+                facts(Image(picture))
+            except BrokenSample as reason:
                 if not self._drop:
                     raise
-                self.skipped[f"{str(reason).partition(':')[0]} (the document is kept)"] += 1
+                self.skips.add(f"{str(reason).partition(':')[0]} (the document is kept)", f"{where}: {place}")
                 continue
             pictures[f"{len(kept)}.img"] = picture
             kept.append(entry)
+            room -= len(picture)
         return pictures | {"json": document | {"image_info": kept}}
-
-    def _picture(self, entry: Any) -> bytes:
-        name = entry.get("image_name") if isinstance(entry, dict) else None
-        if not isinstance(name, str):
-            raise BrokenSample("a picture without image_name")
-        try:
-            path = (self._images / name).resolve()
-            found = path.is_file()
-        except (ValueError, OSError) as error:  # no name of a file: a zero byte, half a surrogate pair, too long
-            if isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG:
-                raise
-            raise _Missing("a picture is not there") from error
-        if not path.is_relative_to(self._images):
-            raise BrokenSample("the path of a picture leads out of the folder")
-        if not found:
-            raise _Missing("a picture is not there")
-        data = path.read_bytes()
-        facts(Image(data))
-        return data

@@ -10,7 +10,6 @@ called, stands in a table (`Caption`), because the package's own titles often na
 
 from __future__ import annotations
 
-import csv
 import re
 import unicodedata
 from collections import Counter
@@ -27,8 +26,10 @@ from PIL import ImageChops
 from mm.data.sources.conversations import conversations
 from mm.data.sources.debian import package_files
 from mm.data.sources.splits import SPLITS, colours_of, split_by_group, without_near_duplicates
-from mm.data.sources.writer import Member, Report, write_card, write_shards
-from mm.media import decode, perceptual_hash
+from mm.data.sources.staging import staged
+from mm.data.sources.tables import read_table
+from mm.data.sources.writer import BuildError, Member, Report, Skips, write_card, write_shards
+from mm.media import BrokenMedia, decode, perceptual_hash
 from mm.sample import Image
 from mm.terminal import track
 
@@ -102,7 +103,7 @@ def build(
     seed: int = 0,
     samples_per_shard: int = 500,
 ) -> Report:
-    """What was written: shards of all splits, ``card.yaml`` for captions and ``instruct.yaml`` for chats.
+    """Write shards of all splits, ``card.yaml`` for captions and ``instruct.yaml`` for chats.
 
     Args:
         out: folder for shards and cards.
@@ -115,7 +116,7 @@ def build(
 
     Raises:
         FileNotFoundError: the package is not there, or lacks pictures; says how to get it.
-        BrokenMedia: a picture of the table cannot be decoded.
+        BuildError: a picture of the table cannot be decoded, or a faulty table.
     """
     table = read_captions(captions)
     try:
@@ -127,10 +128,14 @@ def build(
     splits = without_near_duplicates(split_by_group(drawings, seed))
     members: dict[str, list[Member]] = {split: [_captioned(drawing) for drawing in splits[split]] for split in SPLITS}
     members["instruct"] = list(conversations(splits["instruct"], seed))
-    samples = {split: write_shards(members[split], out, split, samples_per_shard) for split in SPLITS}
-    write_cards(out, splits, samples)
-    left_out = len(drawings) - sum(map(len, splits.values()))
-    return Report(samples, Counter({"resembles a picture of another split": left_out}))
+    with staged(out, SPLITS, ("card.yaml", "instruct.yaml")) as stage:
+        samples = {split: write_shards(members[split], stage, split, samples_per_shard) for split in SPLITS}
+        write_cards(stage, splits, samples)
+    skips, kept = Skips(), {drawing.key for of_split in splits.values() for drawing in of_split}
+    for drawing in drawings:
+        if drawing.key not in kept:
+            skips.add("resembles a picture of another split", drawing.about.file)
+    return Report(samples, skips)
 
 
 CAPTIONED = ["train", "validation", "heldout"]
@@ -172,20 +177,13 @@ def read_captions(path: Path) -> list[Caption]:
 
     Raises:
         FileNotFoundError: no table there.
-        ValueError: another header, a row with an empty column, or a file that is named twice.
+        BuildError: another header, a row with an empty column, or a file that is named twice.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no table of captions at {path}; the repository has it in data_cards/demo")
-    with path.open(newline="", encoding="utf-8") as stream:
-        header, *lines = csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE)
-    if header != list(Caption._fields):
-        raise ValueError(f"{path}: the columns are {header}, expected {list(Caption._fields)}")
-    for number, line in enumerate(lines, start=2):
-        if len(line) != len(Caption._fields) or not all(line):
-            raise ValueError(f"{path}, line {number}: expected {len(Caption._fields)} filled columns, found {line}")
-    rows = [Caption(*line) for line in lines]
+    rows = [Caption(*line) for line in read_table(path, Caption._fields)]
     if repeated := [file for file, times in Counter(row.file for row in rows).items() if times > 1]:
-        raise ValueError(f"{path} names {len(repeated)} files twice, such as {repeated[0]}")
+        raise BuildError(f"{path} names {len(repeated)} files twice, such as {repeated[0]}")
     return rows
 
 
@@ -194,7 +192,10 @@ def _drawings(
 ) -> Iterator[Drawing]:
     about = {row.file: row for row in table}
     for name, data in track(files, description="drawings", total=len(table)):
-        picture = trimmed(cast(PillowImage.Image, decode(Image(data))), side)
+        try:
+            picture = trimmed(cast(PillowImage.Image, decode(Image(data))), side)
+        except BrokenMedia as error:
+            raise BuildError(f"{name}: {error}; the package is damaged, or another version") from error
         known = png_texts(data)
         yield Drawing(
             about[name],

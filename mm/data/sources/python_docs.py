@@ -11,13 +11,12 @@ import platform
 import re
 import sysconfig
 import warnings
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 
 from mm.data.sources.dictionaries import Entry, write_entries
-from mm.data.sources.writer import Report
+from mm.data.sources.writer import Report, Skips
 
 WORDS = 8
 """Words of the shortest paragraph that is kept: less is a heading, a signature or an example."""
@@ -27,7 +26,7 @@ _LEFT_OUT = ("site-packages", "dist-packages", "test", "tests", "idlelib", "lib2
 
 
 def build(out: Path, validation: float = 0.05, samples_per_shard: int = 20_000) -> Report:
-    """What was written: a topic of the reference, or a docstring, a document.
+    """Write the prose of Python: a topic of the reference, or a docstring, a document.
 
     Args:
         out: folder for the shards and ``card.yaml``.
@@ -40,22 +39,22 @@ def build(out: Path, validation: float = 0.05, samples_per_shard: int = 20_000) 
         "origin": f"Python {platform.python_version()}, by `mm data build python-docs`",
         "description": "The prose of Python's language reference and of its standard library's docstrings.",
     }
-    skipped: Counter[str] = Counter()
-    return write_entries(out, _entries(skipped), about, validation, samples_per_shard, skipped)
+    skips = Skips()
+    return write_entries(out, _entries(skips), about, validation, samples_per_shard, skips)
 
 
-def _entries(skipped: Counter[str]) -> Iterator[Entry]:
+def _entries(skips: Skips) -> Iterator[Entry]:
     seen: set[str] = set()
-    for headword, text in [*topics.items(), *_docstrings(Path(sysconfig.get_path("stdlib")), skipped)]:
+    for headword, text in [*topics.items(), *_docstrings(Path(sysconfig.get_path("stdlib")), skips)]:
         words = prose(text)
         if words in seen:
-            skipped["said before"] += 1
+            skips.add("said before", headword)
         else:
             seen.add(words)
             yield Entry(headword, words)
 
 
-def _docstrings(library: Path, skipped: Counter[str]) -> Iterator[tuple[str, str]]:
+def _docstrings(library: Path, skips: Skips) -> Iterator[tuple[str, str]]:
     """The path of a module, and each docstring in it."""
     for path in sorted(library.rglob("*.py")):
         module = path.relative_to(library)
@@ -64,8 +63,8 @@ def _docstrings(library: Path, skipped: Counter[str]) -> Iterator[tuple[str, str
         try:
             with warnings.catch_warnings(action="ignore"):  # of odd escapes in old modules
                 tree = ast.parse(path.read_bytes())
-        except (SyntaxError, ValueError):
-            skipped["not Python of this version"] += 1
+        except (SyntaxError, ValueError, RecursionError):
+            skips.add("not Python of this version", module)
             continue
         for node in ast.walk(tree):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):

@@ -20,7 +20,8 @@ from mm.data.passes import each_shard
 from mm.data.sources.scenes.compose import BACKGROUNDS, PLACES, SIZES, SPLITS, Scene, draw_scene, new_combinations
 from mm.data.sources.scenes.language import caption
 from mm.data.sources.scenes.pieces import Pieces
-from mm.data.sources.writer import Member, Report, remove_shards, shard_path, write_card, write_shard
+from mm.data.sources.staging import staged
+from mm.data.sources.writer import BuildError, Member, Report, shard_path, write_card, write_shard
 
 DEMO = Path(__file__).parents[4] / "data_cards" / "demo"
 SAMPLE = [{"image": "webp"}, {"text": "json.caption"}]
@@ -61,7 +62,7 @@ def build(
     pieces: Path = DEMO / "pieces.tsv",
     samples_per_shard: int = 1_000,
 ) -> Report:
-    """What was written. More samples of the same seed begin with the same ones.
+    """Write shards and cards. More samples of the same seed begin with the same ones.
 
     Args:
         out: folder for the shards, ``card.yaml``, and ``orders.yaml`` with the words first in half of the samples.
@@ -75,14 +76,14 @@ def build(
 
     Raises:
         FileNotFoundError: no table of pieces, or drawings that the demo corpus lacks.
-        ValueError: a number that makes no sense, or a faulty table.
+        BuildError: a number that makes no sense, or a faulty table.
         NoScene: too few pieces.
     """
     numbers = {"train": samples, "validation": validation, "heldout": heldout}
     if size < SMALLEST:
-        raise ValueError(f"size={size}, expected {SMALLEST} pixels or more: nothing could be told on less")
+        raise BuildError(f"size={size}, expected {SMALLEST} pixels or more: nothing could be told on less")
     if min(numbers.values()) < 0 or samples_per_shard < 1:
-        raise ValueError(
+        raise BuildError(
             f"samples of {numbers} in shards of {samples_per_shard}, expected 0 or more in shards of 1 or more"
         )
     chunks = [
@@ -92,21 +93,19 @@ def build(
     ]
     stream = Stream(pieces, seed, size)
     _load(pieces)  # a faulty table is found before there are processes
-    out.mkdir(parents=True, exist_ok=True)
-    for split in SPLITS:
-        remove_shards(out, split)
-    written = each_shard(partial(_write, stream, out), chunks, None, "shards of scenes", progress=True)
-    counts = {
-        split: sum(count for chunk, count in written.items() if chunk.split == split)
-        for split, number in numbers.items()
-        if number
-    }
     origin = f"`mm data build scenes OUT samples={samples} size={size} seed={seed}` from data_cards/demo/card.yaml"
-    statistics = {split: {"samples": count} for split, count in counts.items()}
     cards = {"card.yaml": SAMPLE, "orders.yaml": {"parts": SAMPLE, "orders": ORDERS}}
-    for name, sample in cards.items():
-        facts = {"origin": origin, "splits": list(counts), "sample": sample, "statistics": statistics}
-        write_card(out / name, {**CARD, **facts})
+    with staged(out, SPLITS, cards) as stage:
+        written = each_shard(partial(_write, stream, stage), chunks, None, "shards of scenes", progress=True)
+        counts = {
+            split: sum(count for chunk, count in written.items() if chunk.split == split)
+            for split, number in numbers.items()
+            if number
+        }
+        statistics = {split: {"samples": count} for split, count in counts.items()}
+        for name, sample in cards.items():
+            facts = {"origin": origin, "splits": list(counts), "sample": sample, "statistics": statistics}
+            write_card(stage / name, {**CARD, **facts})
     return Report(counts)
 
 

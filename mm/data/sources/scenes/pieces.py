@@ -5,7 +5,6 @@ picture on white ──cut out──▶ RGBA ──paint──▶ in one colour 
 
 from __future__ import annotations
 
-import csv
 import json
 from collections import Counter
 from collections.abc import Mapping
@@ -19,6 +18,8 @@ from PIL import Image as PillowImage
 
 from mm.data.card import Card
 from mm.data.sources.scenes.compose import BACKGROUNDS, COLOURS, Look
+from mm.data.sources.tables import read_table
+from mm.data.sources.writer import BuildError
 from mm.media import decode
 from mm.sample import Image
 
@@ -98,18 +99,11 @@ def read_pieces(table: Path) -> dict[str, PieceName]:
     """The rows of a table of pieces, by name."""
     if not table.is_file():
         raise FileNotFoundError(f"no table of pieces at {table}; the repository has one in data_cards/demo")
-    with table.open(newline="", encoding="utf-8") as stream:
-        header, *lines = csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE)
-    if header != list(PieceName._fields):
-        raise ValueError(f"{table}: the columns are {header}, expected {list(PieceName._fields)}")
-    for number, line in enumerate(lines, start=2):
-        if len(line) != len(PieceName._fields) or not all(line):
-            raise ValueError(f"{table}, line {number}: expected {len(PieceName._fields)} filled columns, found {line}")
-    rows = [PieceName(*line) for line in lines]
+    rows = [PieceName(*line) for line in read_table(table, PieceName._fields)]
     for column in PieceName._fields:
         values = Counter(getattr(row, column) for row in rows)
         if repeated := [value for value, times in values.items() if times > 1]:
-            raise ValueError(f"{table}: {column} {repeated[0]!r} stands {values[repeated[0]]} times")
+            raise BuildError(f"{table}: {column} {repeated[0]!r} stands {values[repeated[0]]} times")
     return {row.name: row for row in rows}
 
 
