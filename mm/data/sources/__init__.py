@@ -10,8 +10,8 @@
     python-docs     what this Python says about itself: English without a download
 
 A builder is a function ``build(out, **options) -> Report``; the options and their defaults are its parameters. What it
-writes replaces an earlier build when it is complete (`mm.data.sources.staging`). Every file and record that it leaves out
-is counted with its reason, and none ends the build (`mm.data.sources.folder`, `records`, `verify`).
+writes replaces an earlier build when it is complete (`mm.data.sources.staging`). Every file and record that it leaves
+out is counted with its reason, and none ends the build (`mm.data.sources.folder`, `records`, `verify`).
 """
 
 from __future__ import annotations

@@ -56,7 +56,20 @@ def read_records(source: Path) -> Iterator[Found]:
     refuse_compressed(str(source), head)
     if head.startswith((b"\xff\xfe", b"\xfe\xff")) and b"\0" in head:
         raise BuildError(f"{source} is UTF-16, expected UTF-8; convert it: iconv -f UTF-16 -t UTF-8")
-    return _of_list(source) if head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[") else _of_lines(source)
+    return _of_list(source) if _is_list(source) else _of_lines(source)
+
+
+def _is_list(source: Path) -> bool:
+    """Whether a file is one list, and not lines of which the first happens to be a list."""
+    with source.open("rb") as stream:
+        found = lines(stream)
+        first, second = next(found, None), next(found, None)
+    if first is None or not first.data.lstrip().startswith(b"["):
+        return False
+    try:
+        return second is None or not isinstance(json.loads(first.data), list)
+    except (ValueError, RecursionError):
+        return True
 
 
 def nested(text: str) -> int:
