@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mm.data.jsonl import MAX_LINE, lines, parse_object
+from mm.data.jsonl import BYTE_ORDER_MARK, MAX_LINE, lines, parse_object
 from mm.data.shards import refuse_compressed
 from mm.data.sources.writer import BuildError
 
@@ -62,12 +62,13 @@ def read_records(source: Path) -> Iterator[Found]:
 def _is_list(source: Path) -> bool:
     """Whether a file is one list, and not lines of which the first happens to be a list."""
     with source.open("rb") as stream:
-        found = lines(stream)
-        first, second = next(found, None), next(found, None)
-    if first is None or not first.data.lstrip().startswith(b"["):
+        pieces = (piece.removeprefix(BYTE_ORDER_MARK) for piece in iter(lambda: stream.readline(MAX_LINE), b""))
+        filled = (piece for piece in pieces if piece.strip())
+        first, second = next(filled, b""), next(filled, b"")
+    if not first.lstrip().startswith(b"["):
         return False
     try:
-        return second is None or not isinstance(json.loads(first.data), list)
+        return not second or not isinstance(json.loads(first), list)
     except (ValueError, RecursionError):
         return True
 
@@ -121,7 +122,8 @@ def _of_list(source: Path) -> Iterator[Found]:
         except json.JSONDecodeError as problem:
             raise _no_json(source, text, problem.pos, problem.msg) from problem
         except (ValueError, RecursionError) as problem:  # a number of too many digits, or too many levels
-            error, at = f"broken JSON: {problem}", _end(source, text, start)
+            reason = "nested too deep" if isinstance(problem, RecursionError) else problem
+            error, at = f"broken JSON: {reason}", _end(source, text, start)
         yield Found(f"record {number}", at - start, record, error)
         at = _skip_space(text, at)
         if text.startswith("]", at):
