@@ -216,6 +216,7 @@ def test_the_content_says_whether_a_file_is_a_list_or_lines(tmp_path: Path, name
     lines = b"\n\n" + b"\n".join(json.dumps(chat()).encode() for _ in range(3))
     assert build_chats(tmp_path, lines, name).samples["train"] == 3
     assert build_chats(tmp_path, [chat()] * 2, name).samples["train"] == 2
+    assert build_chats(tmp_path, b"[1]" + lines, name).skipped == {"broken record": 1}
     assert build_chats(tmp_path, json.dumps([chat()] * 4, indent=2).encode(), name).samples["train"] == 4
 
 
@@ -225,7 +226,8 @@ def test_the_content_says_whether_a_file_is_a_list_or_lines(tmp_path: Path, name
         (b'[{"a": 1},\n {"b": }]', r"line 2, column 8: no JSON: Expecting value"),
         (b'[{"a": 1} {"b": 2}]', r"line 1, column 11: no JSON: Expecting ',' or '\]'"),
         (b'[{"a": 1}', r"line 1, column 10: no JSON"),
-        (b"[{}]\n[{}]", r"line 2, column 1: no JSON: More follows"),
+        (b"[{}] [{}]", r"line 1, column 6: no JSON: More follows"),
+        (b"[{}]\n[{}]", r"2 × broken record, such as line 1"),
         (b"[" * 100_000, r"line 1, column 100001: no JSON: The file ends inside of a record"),
         (b'[{"a": ' + b"[" * 100_000 + b'"\\"' * 100_000, r"The file ends inside of a record"),
         (b'{\n "data": [],\n "version": 2\n}', r"is one object \(keys 'data', 'version'\)"),

@@ -20,7 +20,7 @@ from mm.data.shards import Place, Record, Scanned, Shard
 MAX_LINE = 64 * 1024**2
 """Longest line that is read, in bytes."""
 
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _ARRAY = "a JSON array, not JSON lines: write one object a line, for instance with `jq -c '.[]' FILE.json > FILE.jsonl`"
 
 
@@ -80,7 +80,7 @@ def lines(stream: IO[bytes]) -> Iterator[Line]:
             end = stream.readline(MAX_LINE)
             size += len(end)
         ended = end.endswith(b"\n")
-        mark = len(_BYTE_ORDER_MARK) if number == 1 and data.startswith(_BYTE_ORDER_MARK) else 0
+        mark = len(BYTE_ORDER_MARK) if number == 1 and data.startswith(BYTE_ORDER_MARK) else 0
         if data.strip():
             yield Line(number, offset + mark, size - mark - ended, data[mark:].removesuffix(b"\n"), cut=not ended)
         offset += size

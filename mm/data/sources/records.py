@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mm.data.files import refuse_unreadable
-from mm.data.jsonl import MAX_LINE, lines, parse_object
+from mm.data.jsonl import BYTE_ORDER_MARK, MAX_LINE, lines, parse_object
 from mm.data.sources.writer import BuildError
 
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -56,7 +56,21 @@ def read_records(source: Path) -> Iterator[Found]:
     refuse_unreadable(str(source), head)
     if head.startswith((b"\xff\xfe", b"\xfe\xff")) and b"\0" in head:
         raise BuildError(f"{source} is UTF-16, expected UTF-8; convert it: iconv -f UTF-16 -t UTF-8")
-    return _of_list(source) if head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[") else _of_lines(source)
+    return _of_list(source) if _is_list(source) else _of_lines(source)
+
+
+def _is_list(source: Path) -> bool:
+    """Whether a file is one list, and not lines of which the first happens to be a list."""
+    with source.open("rb") as stream:
+        pieces = (piece.removeprefix(BYTE_ORDER_MARK) for piece in iter(lambda: stream.readline(MAX_LINE), b""))
+        filled = (piece for piece in pieces if piece.strip())
+        first, second = next(filled, b""), next(filled, b"")
+    if not first.lstrip().startswith(b"["):
+        return False
+    try:
+        return not second or not isinstance(json.loads(first), list)
+    except (ValueError, RecursionError):
+        return True
 
 
 def nested(text: str) -> int:
@@ -108,7 +122,8 @@ def _of_list(source: Path) -> Iterator[Found]:
         except json.JSONDecodeError as problem:
             raise _no_json(source, text, problem.pos, problem.msg) from problem
         except (ValueError, RecursionError) as problem:  # a number of too many digits, or too many levels
-            error, at = f"broken JSON: {problem}", _end(source, text, start)
+            reason = "nested too deep" if isinstance(problem, RecursionError) else problem
+            error, at = f"broken JSON: {reason}", _end(source, text, start)
         yield Found(f"record {number}", at - start, record, error)
         at = _skip_space(text, at)
         if text.startswith("]", at):
