@@ -1,0 +1,45 @@
+"""The contract of all mappings: fields of a record in, parts of a sample out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mm.sample import Part, Role
+
+Fields = Mapping[str, Any]
+
+ROLES: dict[str, Role] = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+}
+
+
+class RecordMapping(ABC):
+    """Record to parts. `choices` are the probabilities of the alternative texts and orders, at least one.
+
+    Under every choice a sample has the same items of each modality, in the same order among themselves: facts and codes
+    of a row hold for all of its choices.
+    """
+
+    choices: tuple[float, ...]
+
+    @abstractmethod
+    def parts(self, fields: Fields, choice: int) -> tuple[Part, ...]:
+        """The parts of a sample under one of the choices.
+
+        Raises:
+            BrokenSample: the record lacks something, or holds what cannot be used.
+        """
+
+    @abstractmethod
+    def paths(self) -> Iterator[str]:
+        """The field paths that are read."""
+
+    def dropped(self, fields: Fields) -> int:
+        """Number of files that the record lacks and that its sample does without, because the card says so."""
+        return 0
