@@ -21,7 +21,6 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pyarrow as pa
-import yaml
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
@@ -148,7 +147,7 @@ class Look:
             "sample": self.proposal.sample,
         }
         remarks = "".join(f"# {_plain(remark)}\n" for remark in self.proposal.remarks)
-        return remarks + yaml.safe_dump(card, sort_keys=False, allow_unicode=True, width=120)
+        return remarks + configure.write_yaml(card)
 
     def _seen_table(self) -> Table:
         table = Table("figure", title="what was seen", title_justify="left")

@@ -13,10 +13,12 @@ from __future__ import annotations
 from mm.data.mapping.chat import MARKERS
 from mm.data.mapping.fields import look_up, prefixes
 from mm.data.mapping.parse import MappingError, check_keys, parse_mapping
-from mm.data.mapping.record import ROLES, RecordMapping
+from mm.data.mapping.record import ROLES, RecordMapping, reading_a_record
+from mm.data.mapping.words import PADDING
 
 __all__ = [
     "MARKERS",
+    "PADDING",
     "ROLES",
     "MappingError",
     "RecordMapping",
@@ -24,4 +26,5 @@ __all__ = [
     "look_up",
     "parse_mapping",
     "prefixes",
+    "reading_a_record",
 ]

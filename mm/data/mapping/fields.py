@@ -1,15 +1,18 @@
-"""Reading the fields of a record: the value at a path, and the words and files in it."""
+"""The value at a path of a record's fields, and how values are named in errors."""
 
 from __future__ import annotations
 
-import binascii
 import json
-from base64 import b64decode
+import reprlib
 from collections.abc import Iterator
 from typing import Any
 
 from mm.data.mapping.record import Fields
 from mm.sample import BrokenSample
+
+
+class BrokenField(BrokenSample):
+    """A field that is there and cannot be read, so that another named beside it may stand in."""
 
 
 def look_up(fields: Fields, path: str) -> Any:
@@ -43,97 +46,33 @@ def _descend(value: Any, steps: list[str], head: str) -> Any:
 
 
 def parsed(value: Any, path: str) -> Any:
-    """JSON behind bytes or text; anything else as it is."""
+    """JSON behind bytes or text, with or without a byte order mark before it; anything else as it is.
+
+    Raises:
+        BrokenField: it is no JSON.
+    """
     if not isinstance(value, bytes | str):
         return value
     try:
-        return json.loads(value)
+        return json.loads(value.lstrip("\ufeff") if isinstance(value, str) else value)
     except (ValueError, RecursionError) as error:
-        raise BrokenSample(f"broken JSON: {path!r}: {error}") from error
-
-
-def first_words(fields: Fields, paths: tuple[str, ...]) -> str:
-    """Text of the first field that holds any, without white space around it."""
-    present = ""
-    for path in paths:
-        value = look_up(fields, path)
-        if value is None:
-            continue
-        if words := words_of(value, path).strip():
-            return words
-        present = path
-    raise BrokenSample(f"empty text: {present!r}" if present else missing(paths, fields))
-
-
-def words_of(value: Any, path: str) -> str:
-    if isinstance(value, bytes):
-        try:
-            return value.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise BrokenSample(f"text is not UTF-8: {path!r}: {error.reason} at byte {error.start}") from error
-    if isinstance(value, str):
-        return checked(value, path)
-    raise BrokenSample(f"not a text: {path!r} holds a {kind_of(value)}")
-
-
-def checked(words: str, path: str) -> str:
-    """The words, if they can be encoded: JSON may hold half a surrogate pair, on which a tokenizer would fail later."""
-    try:
-        words.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise BrokenSample(f"text is not UTF-8: {path!r}: {error.reason} at character {error.start}") from error
-    return words
-
-
-def first_files(fields: Fields, paths: tuple[str, ...], base64: bool) -> list[bytes]:
-    """Files of the first field that holds any."""
-    for path in paths:
-        if files := files_of(look_up(fields, path), path, base64):
-            return files
-    raise BrokenSample(missing(paths, fields))
-
-
-def all_files(fields: Fields, paths: tuple[str, ...], base64: bool) -> list[bytes]:
-    return [data for path in paths for data in files_of(look_up(fields, path), path, base64)]
-
-
-def files_of(value: Any, path: str, base64: bool) -> list[bytes]:
-    """Encoded files of a field: bytes, Hugging Face's ``{bytes, path}``, text in base64, or a list of these."""
-    if value is None:
-        return []
-    if isinstance(value, list):
-        return [data for one in value for data in files_of(one, path, base64)]
-    if isinstance(value, dict):
-        if value.get("bytes") is None:
-            raise BrokenSample(f"no file: {path!r} holds a path or an address instead of bytes")
-        value = value["bytes"]
-    if isinstance(value, str):
-        if not base64:
-            raise BrokenSample(
-                f"no file: {path!r} holds the text {value[:60]!r}; paths and addresses are never opened, and base64 "
-                "needs `encoding: base64` in the card"
-            )
-        value = from_base64(value, path)
-    if not isinstance(value, bytes):
-        raise BrokenSample(f"no file: {path!r} holds a {kind_of(value)}")
-    if not value:
-        raise BrokenSample(f"empty file: {path!r}")
-    return [value]
-
-
-def from_base64(text: str, path: str) -> bytes:
-    """The bytes behind base64, with or without ``data:image/jpeg;base64,`` before it."""
-    if text.startswith("data:"):
-        text = text.partition(",")[2]
-    try:
-        return b64decode(text, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise BrokenSample(f"broken base64: {path!r} holds {text[:60]!r}: {error}") from error
+        raise BrokenField(f"broken JSON: {path!r}: {error}") from error
 
 
 def missing(paths: tuple[str, ...], fields: Fields) -> str:
+    """The reason of a record that lacks all of some fields."""
     return f"missing field: {' or '.join(map(repr, paths))}; the record has {', '.join(sorted(fields)) or 'none'}"
 
 
 def kind_of(value: Any) -> str:
+    """The kind of a value, for errors."""
     return "null" if value is None else type(value).__name__
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 60, 60
+
+
+def shown(value: Any) -> str:
+    """A value as it is quoted in errors: short, however large it is and however deep it is nested."""
+    return _SHORT.repr(value)

@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from mm.data.mapping.fields import from_base64, kind_of, look_up, missing, parsed, words_of
+from mm.data.mapping.fields import kind_of, look_up, missing, parsed, shown
+from mm.data.mapping.files import from_base64
 from mm.data.mapping.record import Fields, RecordMapping
+from mm.data.mapping.words import is_blank, words_of
 from mm.sample import BrokenSample, Image, Part, Text
 
 PARAGRAPHS, SENTENCES = "\n\n", " "
@@ -58,10 +60,11 @@ class PictureFiles:
 class Page(RecordMapping):
     """An interleaved page in two lists, in one of two forms.
 
-    Side by side (OBELICS, InfiMM-WebMath): lists of equal length, of which exactly one holds something at each place.
+    Side by side (OBELICS, InfiMM-WebMath): lists of equal length, of which one holds something at each place and the
+    other null or a blank text.
     Matched (MMC4): the entries of `images` are mappings that tell the number of the text that they stand before.
 
-    Neighbouring texts become one part, and blank ones none; the words are left as they are.
+    Neighbouring texts become one part, and blank ones none; the words are left as they are but for `words.PADDING`.
 
     Args:
         texts: path of the list of texts.
@@ -116,20 +119,23 @@ class Page(RecordMapping):
             )
         number = 0
         for place, (text, image) in enumerate(zip(texts, images, strict=True)):
-            if text is None:
+            words = [] if text is None else list(self._words(text))
+            is_picture = image is not None and image != ""
+            if words and is_picture:
+                raise BrokenSample(f"broken page: a text and a picture at place {place}, where one should be null")
+            if is_picture or text is None:
                 yield self._picture(fields, image, number)
                 number += 1
-            elif image is not None:
-                raise BrokenSample(f"broken page: a text and a picture at place {place}, where one should be null")
-            else:
-                yield from self._words(text)
+            yield from words
 
     def _matched(self, fields: Fields, texts: list[Any], images: list[Any]) -> Iterator[str | bytes | None]:
         before: defaultdict[int, list[bytes | None]] = defaultdict(list)
         for number, entry in enumerate(images):
             place = entry.get(self._at) if isinstance(entry, dict) else None
             if type(place) is not int or not 0 <= place < len(texts):
-                raise BrokenSample(f"broken page: {self._at!r} of picture {number} is {place!r}, of {len(texts)} texts")
+                raise BrokenSample(
+                    f"broken page: {self._at!r} of picture {number} is {shown(place)}, of {len(texts)} texts"
+                )
             before[place].append(self._picture(fields, entry, number))
         for number, text in enumerate(texts):
             yield from before[number]
@@ -139,7 +145,7 @@ class Page(RecordMapping):
         data = self._files.find(fields, entry, number)
         if data is None and not self._drop:
             raise BrokenSample(
-                f"missing picture: no bytes for picture {number} of the page, {repr(entry)[:120]}; the record has "
+                f"missing picture: no bytes for picture {number} of the page, {shown(entry)}; the record has "
                 f"{', '.join(sorted(fields))[:120]}. Addresses are not fetched; `missing: drop` in the card leaves "
                 "such pictures out"
             )
@@ -147,7 +153,7 @@ class Page(RecordMapping):
 
     def _words(self, text: Any) -> Iterator[str]:
         words = words_of(text, self._texts)
-        if words.strip():
+        if not is_blank(words):
             yield words
 
 

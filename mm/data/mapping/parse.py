@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Collection
 from typing import Any
 
-from mm.data.mapping.chat import CHAT_FILES, Chat
+from mm.data.mapping.chat import CHAT_FILES, MARKED, PLACES, Chat
 from mm.data.mapping.page import PARAGRAPHS, SENTENCES, Page, PictureFiles
 from mm.data.mapping.parts import Alternative, MediaFiles, Order, Parts, TextPart
 from mm.data.mapping.record import ROLES, RecordMapping
 from mm.sample import Modality
+
+MOST_CHOICES = 1024
+"""Most choices of a card: orders times the alternatives of each of its texts."""
 
 
 class MappingError(ValueError):
@@ -24,11 +28,11 @@ def parse_mapping(spec: Any) -> RecordMapping:
         MappingError: an unknown key or a value of the wrong kind; names it and what is allowed.
     """
     if isinstance(spec, list) and spec:
-        return Parts(_parse_parts(spec, "sample"))
+        return _limited(_parse_parts(spec, "sample"))
     if isinstance(spec, dict) and "parts" in spec:
         check_keys(spec, ("parts", "orders"), (), "sample")
         parts = _parse_parts(spec["parts"], "sample.parts")
-        return Parts(parts, _parse_orders(spec["orders"], parts))
+        return _limited(parts, _parse_orders(spec["orders"], parts))
     if isinstance(spec, dict) and "chat" in spec:
         return _parse_chat(spec)
     if isinstance(spec, dict) and "texts" in spec:
@@ -37,6 +41,16 @@ def parse_mapping(spec: Any) -> RecordMapping:
         "sample: expected a list of parts, or a mapping with `chat`, with `texts` and `images`, or with `parts` and "
         "`orders`"
     )
+
+
+def _limited(parts: tuple[TextPart | MediaFiles, ...], orders: tuple[Order, ...] = ()) -> Parts:
+    """The mapping of some parts; every choice costs a column of the index, and alternatives multiply."""
+    texts = [len(part.alternatives) for part in parts if isinstance(part, TextPart)]
+    if (choices := math.prod(texts) * max(1, len(orders))) > MOST_CHOICES:
+        raise MappingError(
+            f"sample: alternatives and orders multiply to {choices:,} choices, expected {MOST_CHOICES:,} at most"
+        )
+    return Parts(parts, orders)
 
 
 def _parse_parts(spec: Any, where: str) -> tuple[TextPart | MediaFiles, ...]:
@@ -111,12 +125,12 @@ def _parse_probabilities(spec: list[dict[str, Any]], where: str) -> list[float]:
 
 
 def _parse_chat(spec: dict[str, Any]) -> Chat:
-    check_keys(spec, ("chat",), ("place", *CHAT_FILES, "encoding"), "sample")
+    check_keys(spec, ("chat",), ("place", *CHAT_FILES, "encoding", "markers"), "sample")
     if not isinstance(spec["chat"], str):
         raise MappingError(f"sample.chat: {spec['chat']!r}, expected the path of the field with the conversation")
-    place = _one_of(spec, "place", ("markers", "front"), "sample")
+    place, markers = _one_of(spec, "place", PLACES, "sample"), _one_of(spec, "markers", MARKED, "sample")
     files = {modality: _parse_paths(spec[key], f"sample.{key}") for key, modality in CHAT_FILES.items() if key in spec}
-    return Chat(spec["chat"], files, place == "front", _parse_encoding(spec, "sample"))
+    return Chat(spec["chat"], files, place, markers, _parse_encoding(spec, "sample"))
 
 
 def _parse_page(spec: dict[str, Any]) -> Page:

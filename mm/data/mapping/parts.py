@@ -7,8 +7,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mm.data.mapping.fields import first_files, first_words
+from mm.data.mapping.files import first_files
 from mm.data.mapping.record import Fields, RecordMapping
+from mm.data.mapping.words import first_words
 from mm.sample import MEDIA_PARTS, Modality, Part, Role, Text
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-from mm.sample import Part, Role
+from mm.sample import BrokenSample, Part, Role
 
 Fields = Mapping[str, Any]
 
@@ -17,6 +18,24 @@ ROLES: dict[str, Role] = {
     "assistant": "assistant",
     "gpt": "assistant",
 }
+
+
+@contextmanager
+def reading_a_record() -> Iterator[None]:
+    """The boundary at which a record becomes a sample: whatever goes wrong in reading it is a `BrokenSample`.
+
+    Records are untrusted, and no list of what can be wrong with one is complete: lists nested a thousand deep, numbers
+    that are none. What says nothing about the record passes: a disk or a network that fails, memory that is spent.
+
+    Raises:
+        BrokenSample: the reason, with the type of the error where nobody expected it.
+    """
+    try:
+        yield
+    except (BrokenSample, OSError, MemoryError):
+        raise
+    except Exception as error:
+        raise BrokenSample(f"unreadable record: {type(error).__name__}: {error}") from error
 
 
 class RecordMapping(ABC):

@@ -14,8 +14,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from webdataset.writer import TarWriter
+
+from mm import configure
 
 T = TypeVar("T")
 
@@ -113,12 +114,7 @@ def write_card(path: Path, card: Mapping[str, Any]) -> None:
     splits = card["splits"]
     if not isinstance(splits, Mapping):
         splits = {split: {"shards": [f"{split}-*.tar"]} for split in splits}
-    text = yaml.safe_dump(
-        {**card, "format": card.get("format", "webdataset"), "splits": splits},
-        sort_keys=False,
-        allow_unicode=True,
-        width=120,
-    )
+    text = configure.write_yaml({**card, "format": card.get("format", "webdataset"), "splits": splits})
     path.write_text(text, encoding="utf-8")
 
 
