@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import yaml
 from rich.table import Table
 
 from mm import configure, terminal
@@ -512,7 +511,9 @@ def score_data(
     from mm.data.index import index_card
     from mm.score.passes import Scorer, score_index
 
-    given = {name: yaml.safe_load(value) for name, _, value in (option.partition("=") for option in options or [])}
+    given = {
+        name: configure.parse_yaml(value) for name, _, value in (option.partition("=") for option in options or [])
+    }
     device = device_named(device)
     built = configure.build({"_target_": scorer, "model": model, "device": device, **given}, Scorer)
     rows = index_card(load_card(card, cache, cache_folder), split, folder.expanduser(), processes)

@@ -110,7 +110,29 @@ def dump(instance: Any) -> Any:
 
 def to_yaml(instance: Any) -> str:
     """The complete recipe of an instance as YAML, which `load` reads back to an equal instance."""
-    return yaml.dump(_escaped(dump(instance)), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return write_yaml(_escaped(dump(instance)))
+
+
+def read_yaml(file: Path) -> Any:
+    """The plain values in a YAML file that may come from anybody, such as a data card; None if it is empty.
+
+    The file has at most `SIZE_LIMIT` bytes. Scalars are those of YAML 1.2. Keys are text, and each is given once.
+
+    Raises:
+        RecipeError: malformed YAML, a repeated key, an alias, a tag or too deep nesting; names file and line.
+        FileNotFoundError: there is no such file.
+    """
+    return _plain(_read(file))
+
+
+def parse_yaml(text: str) -> Any:
+    """The plain values in a YAML text, read as `read_yaml` reads a file."""
+    return _plain(_parse(text, None))
+
+
+def write_yaml(value: Any) -> str:
+    """Plain values as YAML without aliases, which `read_yaml` reads back to equal ones."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 # ----------------------------------------------------------------------------------------------------------- presets
@@ -323,43 +345,53 @@ _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456
 
 
 def _read(file: Path) -> _Node:
-    if file.stat().st_size > SIZE_LIMIT:
-        raise RecipeError(f"{file}: {file.stat().st_size} bytes; a recipe has at most {SIZE_LIMIT}.")
+    if file.exists() and not file.is_file():
+        raise RecipeError(f"{file}: not a plain file; expected a YAML file.")
+    with file.open("rb") as stream:
+        data = stream.read(SIZE_LIMIT + 1)
+    if len(data) > SIZE_LIMIT:
+        raise RecipeError(f"{file}: {file.stat().st_size} bytes; a YAML file that is read has at most {SIZE_LIMIT}.")
     try:
-        return _parse(file.read_text(encoding="utf-8"), file)
+        return _parse(data.decode("utf-8"), file)
     except UnicodeDecodeError as error:
         raise RecipeError(f"{file}: not UTF-8 text: {error}") from error
 
 
 def _parse(text: str, file: Path | None) -> _Node:
-    loader = _Loader(text)
     try:
+        loader = _Loader(text)
         root = loader.get_single_node()
         return _Node(None, file, 1) if root is None else _converted(root, loader, file, seen=set())
-    except yaml.YAMLError as error:
+    except RecipeError:
+        raise
+    except RecursionError as error:
+        raise RecipeError(f"{file or 'command line'}: lists or mappings are nested too deep.") from error
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # the latter two: escapes beyond the last character
         raise RecipeError(f"{file or 'command line'}: not readable as YAML: {error}") from error
-    finally:
-        loader.dispose()
 
 
 def _converted(node: yaml.Node, loader: _Loader, file: Path | None, seen: set[int]) -> _Node:
     line = node.start_mark.line + 1
     if id(node) in seen:
         # A few nested aliases unfold to billions of values; `${key}` does what a recipe needs.
-        _Node(None, file, line).fail("YAML aliases (*name) are not read; refer to a value by its key: ${key}.")
+        _Node(None, file, line).fail(
+            "YAML aliases (*name) are not read; write the value out, or in a recipe refer to it by its key: ${key}."
+        )
     seen.add(id(node))
     if node.tag.removeprefix("tag:yaml.org,2002:") not in ("str", "int", "float", "bool", "null", "seq", "map"):
         _Node(None, file, line).fail(
-            f"YAML tags ({node.tag}) are not read: a recipe holds text, numbers, lists, mappings."
+            f"YAML tags ({node.tag}) are not read: a file holds text, numbers, lists, mappings."
         )
     if isinstance(node, yaml.SequenceNode):
         return _Node([_converted(item, loader, file, seen) for item in node.value], file, line)
     if not isinstance(node, yaml.MappingNode):
-        return _Node(loader.construct_object(node), file, line)
+        return _Node(_scalar(node, loader, _Node(None, file, line)), file, line)
     entries: dict[str, _Node] = {}
     for name, child in node.value:
-        key = loader.construct_object(name)
-        at = _Node(key, file, name.start_mark.line + 1)
+        at = _Node(None, file, name.start_mark.line + 1)
+        if not isinstance(name, yaml.ScalarNode):
+            at.fail("a list or a mapping is no key; expected text.")
+        key = _scalar(name, loader, at)
         if not isinstance(key, str):
             at.fail(f"key {key!r} is not text; put it into quotes.")
         if key in entries:
@@ -367,6 +399,16 @@ def _converted(node: yaml.Node, loader: _Loader, file: Path | None, seen: set[in
         # The line of the key, not of the value: the latter lies below when it is a mapping or a list.
         entries[key] = replace(_converted(child, loader, file, seen), line=at.line)
     return _Node(entries, file, line)
+
+
+def _scalar(node: yaml.Node, loader: _Loader, at: _Node) -> Any:
+    """The value of a scalar; an explicit tag such as ``!!int`` may not fit what is written."""
+    try:
+        value = loader.construct_object(node)
+        str(value).encode()  # YAML can escape half a surrogate pair, which nothing can print or write
+    except (ValueError, KeyError) as error:
+        at.fail(f"{node.value[:60]!r} cannot be read as {node.tag.rpartition(':')[2]}: {error}")
+    return value
 
 
 # ------------------------------------------------------------------------------------- merging, presets and overrides

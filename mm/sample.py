@@ -7,6 +7,7 @@ Where a modality is discrete, training reads `Codes` in their place.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import ClassVar, Literal
@@ -14,8 +15,33 @@ from typing import ClassVar, Literal
 Role = Literal["system", "user", "assistant"]
 
 
+LONGEST = 500
+"""Characters of a key or a reason that are kept: both may quote untrusted data of any length."""
+
+
 class BrokenSample(ValueError):
-    """A sample that cannot be used; the message says why. Becomes a counted skip or padding, never a crash."""
+    """A sample that cannot be used; the message says why. Becomes a counted skip or padding, never a crash.
+
+    The message is at most `LONGEST` characters long and can be encoded as UTF-8, whatever it quotes.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(encodable(reason))
+
+
+def encodable(text: str) -> str:
+    """The text with lone surrogates escaped, cut to `LONGEST` characters."""
+    whole = text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return whole if len(whole) <= LONGEST else f"{whole[: LONGEST - 1]}…"
+
+
+def encodable_key(key: str) -> str:
+    """A key as `encodable` gives it; one that is cut ends in a digest, so that different keys stay different."""
+    short = encodable(key)
+    if not short.endswith("…") or len(short) < LONGEST:
+        return short
+    digest = hashlib.blake2b(key.encode("utf-8", "backslashreplace"), digest_size=8).hexdigest()
+    return f"{short[: LONGEST - len(digest) - 1]}…{digest}"
 
 
 class Modality(IntEnum):

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from mm.data.card import Card, CardError
 from mm.data.index import Index, IndexingError, index_card
-from mm.data.mapping import parse_mapping
+from mm.data.mapping import PADDING, parse_mapping
+from mm.data.mapping.words import is_blank
 from mm.data.sources import build
 from mm.packing.collate import Processor
 from mm.packing.materialise import MicroStep
@@ -304,7 +305,7 @@ def flat(parts: Sequence[Any], join: str) -> list[str | int]:
 @given(page_contents, st.sampled_from(["list", "names", "numbered"]))
 def test_a_page_keeps_the_order_of_its_texts_and_pictures(contents: list[str | int], form: str) -> None:
     join = "\x00|"
-    contents = [one.replace("\x00", "") if isinstance(one, str) else one for one in contents]
+    contents = [one.replace("\x00", "").strip(PADDING) if isinstance(one, str) else one for one in contents]
     texts = [one if isinstance(one, str) else None for one in contents]
     files = [bytes([one]) for one in contents if isinstance(one, int)]
     names = {"names": [f"{n}.jpg" for n in range(len(files))], "numbered": ["http://x"] * len(files)}.get(form, files)
@@ -312,7 +313,7 @@ def test_a_page_keeps_the_order_of_its_texts_and_pictures(contents: list[str | i
     fields: dict[str, Any] = {"texts": texts, "images": [next(following) if text is None else None for text in texts]}
     fields |= {f"{n}.jpg": file for n, file in enumerate(files)} if form != "list" else {}
     mapping = parse_mapping(SIDE_BY_SIDE | {"join": join} | ({"numbered": "jpg"} if form == "numbered" else {}))
-    expected = [one for one in contents if isinstance(one, int) or one.strip()]
+    expected = [one for one in contents if isinstance(one, int) or not is_blank(one)]
     if not any(isinstance(one, str) for one in expected):
         with pytest.raises(BrokenSample, match="no words"):
             mapping.parts(fields, 0)

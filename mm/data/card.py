@@ -31,10 +31,19 @@ from pathlib import Path
 from typing import Any, Self
 
 import fsspec
-import yaml
 
+from mm import configure
 from mm.data.cache import Content, ShardCache, ShardCopy
-from mm.data.mapping import MappingError, RecordMapping, check_keys, look_up, parse_mapping, prefixes
+from mm.data.mapping import (
+    PADDING,
+    MappingError,
+    RecordMapping,
+    check_keys,
+    look_up,
+    parse_mapping,
+    prefixes,
+    reading_a_record,
+)
 from mm.data.rows import ParquetRows, RowShard
 from mm.data.shards import (
     FORMATS,
@@ -47,12 +56,15 @@ from mm.data.shards import (
     open_shard,
     refuse_unreadable,
 )
-from mm.sample import BrokenSample, Sample
+from mm.sample import BrokenSample, Sample, encodable_key
 
-MAPPING_VERSION = 1
+MAPPING_VERSION = 2
 """Raised when the same card gives other samples than before, so that indexes are built anew."""
 
-_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+MOST_SHARDS = 1_000_000
+"""Most shards that the ranges of one pattern may name."""
+
+_RANGE = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}")
 _REQUIRED = ("name", "licence", "origin", "format", "splits", "sample")
 _OPTIONAL = ("description", "key", "statistics")
 
@@ -93,16 +105,20 @@ class Card:
         """
         path = Path(path).expanduser().resolve()
         try:
-            spec = yaml.safe_load(path.read_text(encoding="utf-8"))
+            spec = configure.read_yaml(path)
             check_keys(spec, _REQUIRED, _OPTIONAL, "card")
             for key in ("name", "licence", "origin", "description", "key"):
                 if key in spec and not (isinstance(spec[key], str) and spec[key]):
                     raise MappingError(f"{key}: {spec[key]!r}, expected a text")
             if spec["format"] not in FORMATS:
                 raise MappingError(f"format: {spec['format']!r}, allowed are {', '.join(FORMATS)}")
+            if not isinstance(spec.get("statistics", {}), dict | None):
+                raise MappingError(f"statistics: {spec['statistics']!r}, expected a mapping")
             parse_mapping(spec["sample"])
             splits = _parse_splits(spec["splits"])
-        except (yaml.YAMLError, UnicodeDecodeError, MappingError) as error:
+        except configure.RecipeError as error:  # which names file and line
+            raise CardError(f"not a data card: {error}") from error
+        except MappingError as error:
             raise CardError(f"{path}: {error}") from error
         return cls(
             name=spec["name"],
@@ -178,9 +194,10 @@ class Card:
         """The sample in a record, under one of the choices.
 
         Raises:
-            BrokenSample: the record cannot become a sample.
+            BrokenSample: the record cannot become a sample, for whatever reason.
         """
-        return Sample(self.name, self._label(record), self.mapping.parts(record.fields, choice))
+        with reading_a_record():
+            return Sample(self.name, self._label(record), self.mapping.parts(record.fields, choice))
 
     @cached_property
     def mapping(self) -> RecordMapping:
@@ -203,19 +220,22 @@ class Card:
         return frozenset(name for path in paths for name in prefixes(path))
 
     def _label(self, record: Record) -> str:
-        if self.key is None:
-            return record.key
-        label = look_up(record.fields, self.key)
-        if not isinstance(label, str | bytes | int):
+        label = record.key if self.key is None else look_up(record.fields, self.key)
+        if isinstance(label, bytes):
+            label = label.decode("utf-8", "backslashreplace").strip().strip(PADDING)
+        if not isinstance(label, str | int):
             raise BrokenSample(f"missing key: {self.key!r}")
-        return label.decode("utf-8", "backslashreplace").strip() if isinstance(label, bytes) else str(label)
+        return encodable_key(str(label))
 
     def _match(self, pattern: str) -> list[str]:
         if is_remote(pattern):
             return self._match_remote(pattern)
-        local = self.path.parent / Path(pattern.removeprefix("file://")).expanduser()
-        if local.exists():
-            return [str(local)]
+        try:
+            local = self.path.parent / Path(pattern.removeprefix("file://")).expanduser()
+            if local.exists():
+                return [str(local)]
+        except (OSError, RuntimeError) as error:  # a name too long, or the folder of an unknown user
+            raise CardError(f"{self.path}: {pattern[:100]!r} cannot be looked for: {error}") from error
         # not Path.glob, which takes no absolute patterns
         matches = sorted(glob.glob(str(local), recursive=True)) if glob.has_magic(pattern) else []  # noqa: PTH207
         if not matches:
@@ -244,11 +264,21 @@ def _parse_splits(spec: Any) -> dict[str, tuple[str, ...]]:
         if not isinstance(shards, list) or not shards or not all(isinstance(shard, str) for shard in shards):
             raise MappingError(f"splits.{name}.shards: {split['shards']!r}, expected a list of paths, globs or URLs")
         for pattern in shards:
-            for first, last in _RANGE.findall(pattern):
-                if int(last) < int(first):
-                    raise MappingError(f"splits.{name}.shards: the range in {pattern!r} runs backwards")
+            _check_pattern(pattern, f"splits.{name}.shards")
         splits[str(name)] = tuple(shards)
     return splits
+
+
+def _check_pattern(pattern: str, where: str) -> None:
+    number = 1
+    for first, last in _RANGE.findall(pattern):
+        if int(last) < int(first):
+            raise MappingError(f"{where}: the range in {pattern!r} runs backwards")
+        number *= int(last) - int(first) + 1
+    if number > MOST_SHARDS:
+        raise MappingError(f"{where}: the ranges of {pattern!r} name {number:,} shards, at most {MOST_SHARDS:,}")
+    if "\0" in pattern:
+        raise MappingError(f"{where}: {pattern!r} holds a NUL, which no path can")
 
 
 def _expand_ranges(pattern: str) -> Iterator[str]:

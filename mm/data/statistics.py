@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from mm import configure
 from mm.data.card import Card, CardError
 
 
@@ -23,7 +24,7 @@ def merged(card: Card, measured: Mapping[str, Mapping[str, int]]) -> dict[str, A
 
 def as_yaml(statistics: Mapping[str, Any]) -> str:
     """The `statistics:` block of a card."""
-    return yaml.safe_dump({"statistics": dict(statistics)}, sort_keys=False, allow_unicode=True, width=120)
+    return configure.write_yaml({"statistics": dict(statistics)})
 
 
 def write_statistics(path: Path, statistics: Mapping[str, Any]) -> bool:
@@ -42,8 +43,8 @@ def write_statistics(path: Path, statistics: Mapping[str, Any]) -> bool:
         before += "\n"
     written = before + as_yaml(statistics) + after
     try:
-        meant = yaml.safe_load(written) == {**yaml.safe_load(text), "statistics": dict(statistics)}
-    except yaml.YAMLError:
+        meant = configure.parse_yaml(written) == {**configure.parse_yaml(text), "statistics": dict(statistics)}
+    except configure.RecipeError:
         meant = False
     if not meant:
         raise CardError(f"{path}: its form is too unusual to replace `statistics:`; paste the printed block by hand")

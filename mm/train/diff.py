@@ -15,7 +15,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
-import yaml
 from rich.table import Table
 
 from mm import configure
@@ -64,7 +63,7 @@ class Side:
             )
         try:
             recipe = configure.resolve((folder / "recipe.yaml").resolve())
-        except (RecipeError, yaml.YAMLError, UnicodeDecodeError) as error:
+        except RecipeError as error:
             raise DiffError(f"{folder}/recipe.yaml cannot be read: {error}") from error
         return cls(
             folder,

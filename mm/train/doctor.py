@@ -21,7 +21,6 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pyarrow as pa
-import yaml
 from rich.progress import BarColumn
 from rich.table import Table
 
@@ -148,8 +147,9 @@ class Look:
             "splits": {"train": {"shards": list(self.written)}},
             "sample": self.proposal.sample,
         }
-        remarks = "".join(f"# {printable(remark, 400)}\n" for remark in self.proposal.remarks)
-        return remarks + yaml.safe_dump(card, sort_keys=False, allow_unicode=True, width=120)
+        remarks = "".join(f"# {printable(remark, 400)}
+" for remark in self.proposal.remarks)
+        return remarks + configure.write_yaml(card)
 
     def _seen_table(self) -> Table:
         table = Table("figure", title="what was seen", title_justify="left")

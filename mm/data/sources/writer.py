@@ -18,9 +18,9 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-import yaml
 from webdataset.writer import TarWriter
 
+from mm import configure
 from mm.data.card import Card
 from mm.media import BrokenMedia
 from mm.sample import BrokenSample
@@ -169,12 +169,7 @@ def write_card(path: Path, card: Mapping[str, Any]) -> None:
     splits = card["splits"]
     if not isinstance(splits, Mapping):
         splits = {split: {"shards": [f"{split}-*.tar"]} for split in splits}
-    text = yaml.safe_dump(
-        {**card, "format": card.get("format", "webdataset"), "splits": splits},
-        sort_keys=False,
-        allow_unicode=True,
-        width=120,
-    )
+    text = configure.write_yaml({**card, "format": card.get("format", "webdataset"), "splits": splits})
     with _synced(path) as stream:
         stream.write(text.encode())
     Card.load(path)
