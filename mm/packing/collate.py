@@ -209,11 +209,9 @@ class Processor:
         return TextLength(tokens, before, first_label, labelled_media)
 
     def _spelled(self, sample: Sample) -> Sample:
-        """The sample with empty codes in the place of the files that enter as codes: what bears loss depends on that."""
+        """The sample with empty codes in the place of the files that enter as codes: they may bear loss."""
         spellings = self.spellings
-        parts = (
-            Codes(part.modality, (), part.role) if part.modality in spellings else part for part in sample.parts
-        )
+        parts = (Codes(part.modality, (), part.role) if part.modality in spellings else part for part in sample.parts)
         return replace(sample, parts=tuple(parts)) if spellings else sample
 
     def media_length(self, modality: Modality, facts: media.Facts) -> int:

@@ -52,9 +52,9 @@ SHARE_UNIT = 2**32
 
 
 NO_LABEL_REMEDY = (
-    ". A sample without a label teaches nothing: let some of its words bear loss (in the card `loss: true`, which is the "
-    "default, or a chat with turns of the assistant; in the recipe weights above 0), or, where `packing.too_long: "
-    "truncate` cuts them off, raise packing.capacity"
+    ". A sample without a label teaches nothing: let some of its words bear loss (in the card `loss: true`, the "
+    "default, or a chat with turns of the assistant; in the recipe weights above 0), or raise packing.capacity where "
+    "`packing.too_long: truncate` cuts them off"
 )
 
 

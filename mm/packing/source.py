@@ -28,8 +28,6 @@ DROPPED, FILTERED, MISSING = 1, 2, 3
 """`EXCLUSIONS` as numbers, for `Rows.excluded`."""
 
 
-
-
 class PlanError(ValueError):
     """Sources that cannot be planned, or not with these options; the message says why and what to do."""
 

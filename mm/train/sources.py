@@ -215,7 +215,7 @@ class OpenSource:
             shard_rows=None if self.index is None else np.diff(self.index.starts),
             weight=self.options.weight,
             epochs=self.options.epochs,
-            selection=self.selection | {"learned": self._learned and sorted(one.label for one in self._learned)},
+            selection=self.selection | {"learned": _labels(self._learned)},
         )
 
     @cached_property
@@ -318,9 +318,13 @@ def _identity(rows: np.ndarray) -> str:
 
 def _lengths_of(processor: Processor) -> tuple[Any, ...]:
     """Name, fingerprint, function and type of the column of text lengths."""
-    spelled = [modality.label for modality in sorted(processor.spellings)]
+    spelled = _labels(frozenset(processor.spellings)) or []
     fingerprint = " ".join([processor.text.fingerprint, "with labels", *spelled])
     return "text_lengths", fingerprint, processor.text_length, pa.list_(pa.int32())
+
+
+def _labels(modalities: frozenset[Modality] | None) -> list[str] | None:
+    return None if modalities is None else [modality.label for modality in sorted(modalities)]
 
 
 def first_labels(text: np.ndarray, media_tokens: np.ndarray, learned: frozenset[Modality]) -> np.ndarray:
