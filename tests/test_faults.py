@@ -73,7 +73,9 @@ def test_a_rank_that_dies_ends_the_others_and_its_reason_is_named(recipe: Path) 
 
 
 def test_a_run_whose_gradient_is_never_finite_stops(recipe: Path) -> None:
-    with pytest.raises(RunError, match=r"not finite in 5 steps in a row, up to step 5; lower optim\.lr"):
+    with pytest.raises(
+        RunError, match=r"5 updates in a row were skipped, up to step 5: the gradient is not finite; lower optim\.lr"
+    ):
         train_here(recipe, objective("NeverFinite"))
     events = (recipe.parent / "run" / "ledger.jsonl").read_text().splitlines()
     assert len(events) == 5

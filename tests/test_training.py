@@ -274,7 +274,7 @@ def test_a_broken_picture_becomes_padding_without_loss(half_broken: tuple[Path, 
 
 
 def test_a_run_goes_on_over_broken_pictures_and_lists_them(half_broken: tuple[Path, PlannedData]) -> None:
-    run = train_here(half_broken[0])
+    run = train_here(half_broken[0], "data.max_broken=0.1")
     events = [json.loads(line)["event"] for line in (run / "ledger.jsonl").read_text().splitlines()]
     assert len(events) == 2
     assert {event.split(":")[0] for event in events} == {
@@ -290,7 +290,7 @@ def test_too_many_broken_pictures_stop_the_run_with_their_names(
     cards = corpus | {"pairs": write_source(tmp_path, "pairs", rows=24, broken=range(0, 24, 2))}
     recipe = write_recipe(tmp_path, cards, tokenizer_folder, sources=["pairs"])
     names = r"\n  pairs, pairs-\d\.tar, row \d+ \(0000"
-    with pytest.raises(RunError, match=r"data\.max_broken allows \(1\.0%\).*ledger\.jsonl.*" + names):
+    with pytest.raises(RunError, match=r"data\.max_broken allows 0\.01 of .*ledger\.jsonl.*" + names):
         train_here(recipe)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mm.model.trainable import Trainable
 from mm.packing.batch import Batch
 from mm.packing.collate import Processor
+from mm.sample import Modality
 
 
 class Examined(NamedTuple):
@@ -39,6 +40,12 @@ class Objective(ABC):
     """
 
     total: ClassVar[str] = "total"
+
+    @property
+    def learned(self) -> frozenset[Modality] | None:
+        """Modalities of the labels that it learns from; None if it learns from samples without labels too, such as
+        from pixels. A sample without such a label is left out of the plan."""
+        return None
 
     def prepare(  # noqa: B027  (most objectives ask for nothing)
         self, model: Trainable, processor: Processor, device: torch.device

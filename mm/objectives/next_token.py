@@ -86,6 +86,10 @@ class NextToken(Objective):
             )
 
     @property
+    def learned(self) -> frozenset[Modality]:
+        return frozenset(modality for modality in Modality if self._factor(modality))
+
+    @property
     def head_loss(self) -> HeadLoss:
         """What the head is asked for."""
         return HeadLoss(self.z_loss, self.label_smoothing, backend=self.backend)

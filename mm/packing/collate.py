@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -170,10 +170,17 @@ class Document:
 
 
 class TextLength(NamedTuple):
-    """Text tokens of a sample, and how many of them stand before its last media item ends."""
+    """Text tokens of a sample, and where in them it bears labels.
+
+    before_last_media: of them, those before the last media item
+    before_first_label: those before the first word that bears a label; -1 if no word does
+    labelled_media: Σ 2^modality over the modalities whose items bear labels, as codes
+    """
 
     tokens: int
     before_last_media: int
+    before_first_label: int
+    labelled_media: int
 
 
 @dataclass(frozen=True)
@@ -188,12 +195,24 @@ class Processor:
 
     def text_length(self, sample: Sample) -> TextLength:
         """Length of the text of a sample; media are counted by `media_length`."""
-        tokens = before = 0
-        for piece in self.text.render(sample):
-            tokens += len(piece.ids)
+        tokens = before = labelled_media = 0
+        first_label, unpredicted = -1, 1  # the first token of a document has nothing before it
+        for piece in self.text.render(self._spelled(sample)):
             if piece.part is not None:
                 before = tokens
-        return TextLength(tokens, before)
+                labelled_media |= piece.loss << piece.part.modality
+            elif piece.loss and first_label < 0 and len(piece.ids) > unpredicted:
+                first_label = tokens + unpredicted
+            tokens += len(piece.ids)
+            if tokens or piece.part is not None:
+                unpredicted = 0
+        return TextLength(tokens, before, first_label, labelled_media)
+
+    def _spelled(self, sample: Sample) -> Sample:
+        """The sample with empty codes in the place of the files that enter as codes: they may bear loss."""
+        spellings = self.spellings
+        parts = (Codes(part.modality, (), part.role) if part.modality in spellings else part for part in sample.parts)
+        return replace(sample, parts=tuple(parts)) if spellings else sample
 
     def media_length(self, modality: Modality, facts: media.Facts) -> int:
         """Tokens that an item takes, from its header facts alone."""

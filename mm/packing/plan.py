@@ -29,13 +29,13 @@ from mm.packing.balance import side_by_side
 from mm.packing.fit import POLICIES, Packs, Policy, lower_bound
 from mm.packing.hashing import shuffled
 from mm.packing.options import PackingOptions
-from mm.packing.source import Source, Unit
-from mm.packing.streams import ROW, Cursor, Stream, Taken, row_table
+from mm.packing.source import PlanError, Source, Unit
+from mm.packing.streams import ROW, WITHOUT_LABEL, Cursor, Stream, Taken, row_table
 from mm.packing.windows import PlanReader, Window, WindowFile, replacing
 
 logger = terminal.logger(__name__)
 
-FORMAT = 3
+FORMAT = 4
 """Changes with anything that gives other packs or files for the same inputs."""
 
 CARRIED = 64
@@ -49,6 +49,13 @@ Flops = Callable[[np.ndarray], np.ndarray]
 """(n,) FLOPs of documents of (n,) tokens in the decoder."""
 
 SHARE_UNIT = 2**32
+
+
+NO_LABEL_REMEDY = (
+    ". A sample without a label teaches nothing: let some of its words bear loss (in the card `loss: true`, the "
+    "default, or a chat with turns of the assistant; in the recipe weights above 0), or raise packing.capacity where "
+    "`packing.too_long: truncate` cuts them off"
+)
 
 
 class PlanChanged(ValueError):
@@ -221,7 +228,7 @@ class Plan(PlanReader):
 
         Raises:
             PlanChanged: the folder holds a plan for other inputs.
-            ValueError: a source has no usable row, or the sources and options do not go together.
+            PlanError: a source has no usable row, or the sources and options do not go together.
         """
         start = start or {}
         _check_sources(sources, options, start)
@@ -484,7 +491,7 @@ def _shares(
     The quota is `PackingOptions.window` packs full of tokens, or as many samples as that is on average.
 
     Raises:
-        ValueError: a source has no usable row, or more must be known of it than where its shards are.
+        PlanError: a source has no usable row, or more must be known of it than where its shards are.
     """
     weighted = streams[0].source.weight is not None
     whole = unit == "epochs" or (not weighted and len(streams) > 1)
@@ -492,15 +499,16 @@ def _shares(
     for stream, start in zip(streams, starts, strict=True):
         source = stream.source
         if whole and source.rows is None:
-            raise ValueError(
+            raise PlanError(
                 f"source {source.name}: how much it holds is not known while its shards are indexed on the way; give "
                 "every source a weight in tokens or samples, or set data.lazy to false"
             )
         survey = stream.survey(whole=whole, progress=progress)
         if not survey.tokens:
             reasons = ", ".join(f"{rows} {reason}" for reason, rows in survey.dropped.items() if rows)
-            raise ValueError(
-                f"source {source.name}: none of its {survey.rows} rows can be used: {reasons or 'no rows'}"
+            remedy = NO_LABEL_REMEDY if survey.dropped[WITHOUT_LABEL] else ""
+            raise PlanError(
+                f"source {source.name}: none of its {survey.rows} rows can be used: {reasons or 'no rows'}{remedy}"
             )
         epoch = survey.tokens if whole else 1
         if source.weight is None:
@@ -509,7 +517,7 @@ def _shares(
             sizes.append(epoch * source.weight if unit == "epochs" else source.weight)
         lengths.append(survey.tokens / survey.samples)
     if not sum(sizes):
-        raise ValueError("all sources end before they start: raise their epochs, or leave out `start`")
+        raise PlanError("all sources end before they start: raise their epochs, or leave out `start`")
     budget = options.window * options.capacity
     if streams[0].in_samples:
         mean = sum(size * length for size, length in zip(sizes, lengths, strict=True)) / sum(sizes)
@@ -532,22 +540,22 @@ def _check_unchanged(folder: Path, planned: dict[str, Any], asked: dict[str, Any
 
 
 def _check_sources(sources: Sequence[Source], options: PackingOptions, start: Mapping[str, Cursor]) -> None:
-    """Raises ValueError where sources do not go together or with the options."""
+    """Raises PlanError where sources do not go together or with the options."""
     names = [source.name for source in sources]
     if not names:
-        raise ValueError("a plan needs at least one source")
+        raise PlanError("a plan needs at least one source")
     if repeated := {name for name in names if names.count(name) > 1}:
-        raise ValueError(f"sources need names of their own; repeated: {', '.join(sorted(repeated))}")
+        raise PlanError(f"sources need names of their own; repeated: {', '.join(sorted(repeated))}")
     without = [source.name for source in sources if source.weight is None]
     if 0 < len(without) < len(sources):
-        raise ValueError(f"either all sources have a weight or none; without one: {', '.join(without)}")
+        raise PlanError(f"either all sources have a weight or none; without one: {', '.join(without)}")
     for source in sources:
         if source.quantities != sources[0].quantities:
-            raise ValueError(f"source {source.name} counts {source.quantities}, {names[0]} {sources[0].quantities}")
+            raise PlanError(f"source {source.name} counts {source.quantities}, {names[0]} {sources[0].quantities}")
     if unknown := set(start) - set(names):
-        raise ValueError(f"start names {', '.join(sorted(unknown))}; the sources are {', '.join(names)}")
+        raise PlanError(f"start names {', '.join(sorted(unknown))}; the sources are {', '.join(names)}")
     if unknown := set(options.limits) - set(sources[0].quantities):
-        raise ValueError(
+        raise PlanError(
             f"packing.limits names {', '.join(sorted(unknown))}; the sources count {', '.join(sources[0].quantities)}"
         )
 

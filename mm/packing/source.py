@@ -28,6 +28,10 @@ DROPPED, FILTERED, MISSING = 1, 2, 3
 """`EXCLUSIONS` as numbers, for `Rows.excluded`."""
 
 
+class PlanError(ValueError):
+    """Sources that cannot be planned, or not with these options; the message says why and what to do."""
+
+
 @dataclass(frozen=True, eq=False)
 class Rows:
     """Numbers about the n rows of some shards, shard after shard.
@@ -36,6 +40,8 @@ class Rows:
     tokens: (n, C) int32 document length under each choice of text; 0 where the row is broken or has none
     counts: (n, M) int, items of each quantity
     media_end: (n, C) int32 tokens up to the end of the last media item, needed to truncate; None if there are no media
+    first_label: (n, C) int32 tokens before the first one that is learned, or fewer if truncation cannot cut it off; the
+        length of the document where none is. None if the objective needs no labels
     media_tokens: (n, M) int tokens of each quantity, for reports; None if unknown
     media_flops: (n,) float64 FLOPs of encoders and adapters; None if there are no media
     excluded: (n,) uint8 `DROPPED`, `FILTERED`, `MISSING`, or 0 for a row that takes part; None if all do
@@ -46,6 +52,7 @@ class Rows:
     tokens: np.ndarray
     counts: np.ndarray
     media_end: np.ndarray | None = None
+    first_label: np.ndarray | None = None
     media_tokens: np.ndarray | None = None
     media_flops: np.ndarray | None = None
     excluded: np.ndarray | None = None
@@ -56,6 +63,7 @@ class Rows:
         expected = {
             "counts": (rows, self.counts.shape[-1]),
             "media_end": (rows, choices),
+            "first_label": (rows, choices),
             "media_tokens": self.counts.shape,
             "media_flops": (rows,),
             "excluded": (rows,),
@@ -115,11 +123,11 @@ class Source:
     def __post_init__(self) -> None:
         probabilities = np.asarray(self.choice_probabilities, np.float64)
         if (probabilities < 0).any() or not np.isclose(probabilities.sum(), 1):
-            raise ValueError(f"source {self.name}: choice probabilities {probabilities.tolist()} do not add up to 1")
+            raise PlanError(f"source {self.name}: choice probabilities {probabilities.tolist()} do not add up to 1")
         for name in ("weight", "epochs"):
             value = getattr(self, name)
             if value is not None and not 0 < value < np.inf:
-                raise ValueError(
+                raise PlanError(
                     f"source {self.name}: {name} must be a number greater than 0, not {value}; "
                     "to leave a source out, remove it from the recipe"
                 )

@@ -18,7 +18,7 @@ from mm.data.passes import bar
 from mm.packing.fit import POLICIES
 from mm.packing.hashing import hash64, shuffled
 from mm.packing.options import PackingOptions
-from mm.packing.source import EXCLUSIONS, Rows, Source, Unit
+from mm.packing.source import EXCLUSIONS, PlanError, Rows, Source, Unit
 
 ROW = np.dtype(
     [
@@ -35,9 +35,12 @@ ROW = np.dtype(
 )
 """A planned sample."""
 
-UNUSABLE, TOO_LONG, OVER_LIMIT = 1, 2, 3 + len(EXCLUSIONS)
-"""Verdicts on a row, after 0 for a usable one. Those between `TOO_LONG` and `OVER_LIMIT` are the exclusions;
+UNUSABLE, TOO_LONG, NO_LABEL, OVER_LIMIT = 1, 2, 3 + len(EXCLUSIONS), 4 + len(EXCLUSIONS)
+"""Verdicts on a row, after 0 for a usable one. Those between `TOO_LONG` and `NO_LABEL` are the exclusions;
 ``OVER_LIMIT + m`` is more items of quantity m than the limit."""
+
+WITHOUT_LABEL = "without a label"
+"""The reason of `NO_LABEL`: no token of it, as far as it fits into a pack, is learned."""
 
 CHUNK = 16_384  # rows looked at together
 PROBABILITY_UNIT = 2**16
@@ -121,10 +124,10 @@ class Stream:
             epochs: where the source does not say how often its rows are seen; None: endlessly.
 
         Raises:
-            ValueError: `unit` is none, or `source` is indexed while the plan goes on and ends within an epoch.
+            PlanError: `unit` is none, or `source` is indexed while the plan goes on and ends within an epoch.
         """
         if unit not in get_args(Unit):
-            raise ValueError(f"weights are in {', '.join(get_args(Unit))}, not in {unit!r}")
+            raise PlanError(f"weights are in {', '.join(get_args(Unit))}, not in {unit!r}")
         self.source = source
         self.number = number
         self.in_samples = unit == "samples" and source.weight is not None
@@ -139,7 +142,7 @@ class Stream:
         rows = source.rows
         self.end = None if epochs is None or rows is None else round(epochs * rows)
         if rows is None and epochs is not None and epochs != int(epochs):
-            raise ValueError(
+            raise PlanError(
                 f"source {source.name}: {epochs} epochs end within an epoch, and how many rows that is cannot be known "
                 "while shards are indexed on the way; ask for whole epochs, or set data.lazy to false"
             )
@@ -155,7 +158,7 @@ class Stream:
     def reasons(self) -> tuple[str, ...]:
         """Why a row can be passed over, by verdict less 1."""
         limits = (f"more {name} items than the limit" for name in self.source.quantities)
-        return ("unusable", "too long", *EXCLUSIONS, *limits)
+        return ("unusable", "too long", *EXCLUSIONS, WITHOUT_LABEL, *limits)
 
     @property
     def ends(self) -> bool:
@@ -237,7 +240,7 @@ class Stream:
         That is within half a sample, unless the stream ends before.
 
         Raises:
-            ValueError: a whole epoch has nothing that can be used.
+            PlanError: a whole epoch has nothing that can be used.
         """
         pieces = [np.empty(0, self._table)]
         dropped = np.zeros(len(self.reasons), np.int64)
@@ -263,7 +266,7 @@ class Stream:
             if len(taken):
                 fruitful = cursor
             elif cursor.epoch > fruitful.epoch + 1:  # epochs have orders of their own: nothing less is all rows
-                raise ValueError(f"source {self.source.name}: a whole epoch has no row that can be used")
+                raise PlanError(f"source {self.source.name}: a whole epoch has no row that can be used")
         return Taken(np.concatenate(pieces), got, cursor, dropped)
 
     def _pieces(
@@ -307,7 +310,7 @@ class Stream:
     def _load(self, shards: np.ndarray) -> Rows:
         rows = self.source.load(shards.tolist())
         if self.truncates and rows.media_end is None and rows.counts.any():
-            raise ValueError(f"source {self.source.name}: packing.too_long=truncate needs media_end, or it cuts media")
+            raise PlanError(f"source {self.source.name}: packing.too_long=truncate needs media_end, or it cuts media")
         return rows
 
     def _after(self, block: _Block, row: int) -> Cursor:
@@ -345,4 +348,7 @@ class Stream:
         if rows.excluded is not None:
             excluded = rows.excluded[chosen].astype(np.int64)
             verdict = np.where(excluded > 0, TOO_LONG + excluded, verdict)
-        return np.where(truncated, self.capacity, length), verdict, truncated & (verdict == 0)
+        length = np.where(truncated, self.capacity, length)
+        if rows.first_label is not None:
+            verdict[(verdict == 0) & (rows.first_label[chosen, choice] >= length)] = NO_LABEL
+        return length, verdict, truncated & (verdict == 0)

@@ -77,6 +77,10 @@ class Factor(ABC):
 
     column: str | None = None
 
+    def mutes(self, modality: Modality) -> bool:
+        """Whether every token of a modality gets 0, whatever the document, so that nothing is learned from it."""
+        return False
+
     @abstractmethod
     def of(self, document: Document, values: np.ndarray) -> np.ndarray | float:
         """Factors ≥ 0 of a document's tokens: (L,) or one for all. They count where `targets` are.
@@ -96,6 +100,9 @@ class Scale(Factor):
     def __post_init__(self) -> None:
         _check_number("weight", self.weight)
 
+    def mutes(self, modality: Modality) -> bool:
+        return self.weight == 0
+
     def of(self, document: Document, values: np.ndarray) -> float:
         return self.weight
 
@@ -112,6 +119,9 @@ class Modalities(Factor):
             if name not in allowed:
                 raise RecipeError(f"weights of modalities name {name!r}; expected {', '.join(allowed)}")
             _check_number(name, weight)
+
+    def mutes(self, modality: Modality) -> bool:
+        return self.weights.get(modality.label, 1.0) == 0
 
     def of(self, document: Document, values: np.ndarray) -> np.ndarray:
         table = np.array([self.weights.get(modality.label, 1.0) for modality in Modality])
@@ -277,6 +287,10 @@ class Weighting:
     def columns(self) -> list[str]:
         """Names of the columns that are read."""
         return sorted({factor.column for factor in self.factors.values() if factor.column is not None})
+
+    def mutes(self, modality: Modality) -> bool:
+        """Whether no token of a modality has weight, whatever the document."""
+        return any(factor.mutes(modality) for factor in self.factors.values())
 
     def check(self, index: Index) -> None:
         """Raise `ColumnError`, with the command to run, unless all columns are there for all rows of an index."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -77,6 +78,7 @@ class History:
 
     reports: the lines of ``metrics.jsonl``; figures that were not finite are None
     events: the lines of ``ledger.jsonl``: samples replaced by padding, skipped updates
+    reasons: why samples were broken, the most frequent first: (reason, how many, the first of them)
     pictures: what validation has shown of an autoencoder, by step
     """
 
@@ -86,6 +88,7 @@ class History:
     reports: tuple[dict[str, Any], ...]
     versions: dict[str, str]
     events: tuple[str, ...]
+    reasons: tuple[tuple[str, int, str], ...]
     pictures: dict[int, Path]
 
     @classmethod
@@ -99,14 +102,15 @@ class History:
         reports = _lines(folder / "metrics.jsonl")
         if not reports:
             raise ValueError(f"{folder}/metrics.jsonl is empty: the run has not reported yet (see `log_every`)")
-        ledger = folder / "ledger.jsonl"
+        ledger = _lines(folder / "ledger.jsonl") if (folder / "ledger.jsonl").exists() else []
         return cls(
             stage.name,
             Recipe.load(folder / "recipe.yaml"),
             (folder / "recipe.yaml").read_text(encoding="utf-8"),
             tuple(reports),
             json.loads((folder / "versions.json").read_text(encoding="utf-8")),
-            tuple(line["event"] for line in _lines(ledger)) if ledger.exists() else (),
+            tuple(line["event"] for line in ledger),
+            _reasons(ledger),
             {int(path.stem.removeprefix("step-")): path for path in sorted((folder / "pictures").glob("step-*.png"))},
         )
 
@@ -117,6 +121,20 @@ class History:
     @property
     def steps(self) -> int:
         return self.reports[-1]["step"]
+
+    @property
+    def samples(self) -> int:
+        """Samples read, broken ones included."""
+        return sum(self.counts("data/samples"))
+
+    @property
+    def broken(self) -> int:
+        """Samples that were replaced by padding."""
+        return sum(self.counts("data/broken"))
+
+    def counts(self, figure: str) -> list[int]:
+        """A figure of each report that counts something, 0 where it was not reported."""
+        return [int(count or 0) for count in self._column(figure)]
 
     @property
     def tokens(self) -> int:
@@ -252,6 +270,16 @@ class History:
     @staticmethod
     def _match(pattern: str, name: str) -> bool:
         return re.search(pattern, f"{name}.") is not None
+
+
+def _reasons(ledger: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, int, str], ...]:
+    """As `History.reasons`, of the lines of a ledger."""
+    samples: dict[str, list[str]] = {}
+    for line in ledger:
+        if "reason" in line:
+            samples.setdefault(line["reason"], []).append(line["sample"])
+    by_count = sorted(samples.items(), key=lambda item: -len(item[1]))
+    return tuple((reason, len(names), names[0]) for reason, names in by_count)
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -216,10 +216,19 @@ def _facts(histories: Sequence[History]) -> dict[str, list[str]]:
     for name, (label, value) in OF_SOME_RUNS.items():
         if any(history.points(name) for history in histories):
             rows[f"{label}, first → last"] = [_ends(history.points(name), value) for history in histories]
+    if any(history.broken for history in histories):
+        rows["Broken samples"] = [_broken(history) for history in histories]
+    if any(sum(history.counts("skipped_updates")) for history in histories):
+        rows["Skipped updates"] = [f"{sum(history.counts('skipped_updates')):,}" for history in histories]
     if any(history.events for history in histories):
         rows["Samples replaced, updates skipped"] = [f"{len(history.events):,}" for history in histories]
     rows["Machine"] = [history.versions.get("device", "–") for history in histories]
     return rows
+
+
+def _broken(history: History) -> str:
+    """How many samples were broken, and which share of all."""
+    return f"{history.broken:,} of {history.samples:,} ({percent(history.broken / max(history.samples, 1))})"
 
 
 def _ends(points: Sequence[Point], worded: Callable[[float], str] = "{:.3f}".format) -> str:

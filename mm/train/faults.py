@@ -1,7 +1,7 @@
 """When something goes wrong: hangs show where every process stands, and skipped steps name their samples.
 
 step done ──▶ Watchdog.feed() ──… nothing for `watchdog` minutes …──▶ stacks of all threads: terminal, RUN/stacks/
-gradient not finite ──▶ the step and its samples in ledger.jsonl
+gradient not finite, nothing with loss ──▶ no update; the step and its samples in ledger.jsonl
 a GPU's memory runs out ──▶ what to ask `mm estimate`
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -21,11 +21,11 @@ from torch import Tensor
 from mm.packing.batch import Batch
 from mm.terminal import errors, paragraph
 from mm.train.dataset import PlannedData
+from mm.train.ledger import Ledger, Sparing
 from mm.train.parallel import World
-from mm.train.records import Ledger
 from mm.train.stages import RunError
 
-NON_FINITE_IN_A_ROW = 5
+SKIPPED_IN_A_ROW = 5
 
 
 class Watchdog:
@@ -82,30 +82,66 @@ def samples_of(rows: Iterable[Tensor], data: PlannedData) -> list[str]:
     ]
 
 
+class Cause(NamedTuple):
+    """Why an update is skipped, as an event says it, and what can be done about it."""
+
+    event: str
+    remedy: str
+
+
+NOT_FINITE = Cause("the gradient is not finite", "lower optim.lr, raise schedule.warmup, or look at the samples")
+NO_WEIGHT = Cause(
+    "nothing in the batch bears loss",
+    "look at the broken samples, at `loss:` in the cards and at the weights of the sources and of the objective",
+)
+
+
 class Skips:
-    """Updates that a gradient that is not finite has prevented: named in the ledger, and not without end."""
+    """Steps whose update was skipped: counted, logged, named in the ledger, and not without end.
 
-    def __init__(self, ledger: Ledger, data: PlannedData) -> None:
+    Args:
+        logs: whether this process logs them; one does.
+    """
+
+    def __init__(self, ledger: Ledger, data: PlannedData, *, logs: bool) -> None:
         self._ledger, self._data = ledger, data
-        self._in_a_row = 0
+        self._log = Sparing("skipped updates", ledger.path) if logs else None
+        self._in_a_row = self._skipped = self._unreported = 0
+        self._cause = NOT_FINITE
 
-    def add(self, step: int, finite: bool, batches: Sequence[Batch]) -> None:
-        """Count a step, done or skipped.
+    def add(self, step: int, cause: Cause | None, batches: Sequence[Batch]) -> None:
+        """Count a step, done or skipped for a cause.
 
         Raises:
             RunError: too many were skipped in a row.
         """
-        if finite:
+        if cause is None:
             self._in_a_row = 0
             return
+        self._cause = cause
         self._in_a_row += 1
-        names = samples_of((batch.rows for batch in batches), self._data)
-        self._ledger.note(f"step {step}: the gradient is not finite, the update was skipped", samples=names)
-        if self._in_a_row >= NON_FINITE_IN_A_ROW:
-            raise RunError(
-                f"the gradient was not finite in {self._in_a_row} steps in a row, up to step {step}; lower optim.lr, "
-                "raise schedule.warmup, or look at the samples: RUN/ledger.jsonl, mm inspect RUN --step N"
-            )
+        self._skipped += 1
+        self._unreported += 1
+        event = f"step {step}: {cause.event}, the update was skipped"
+        self._ledger.note(event, samples=samples_of((batch.rows for batch in batches), self._data))
+        if self._log is not None:
+            self._log.log(event)
+        if self._in_a_row >= SKIPPED_IN_A_ROW:
+            raise RunError(f"{self._in_a_row} updates in a row were skipped, up to step {step}: {_explained(cause)}")
+
+    def check_end(self, steps: int) -> None:
+        """Raise `RunError` if none of all `steps` of a stage has made an update: it has learned nothing."""
+        if self._skipped and self._skipped == steps:
+            raise RunError(f"none of the {steps} steps has made an update, at last because {_explained(self._cause)}")
+
+    def figures(self) -> dict[str, float]:
+        """``skipped_updates`` since the last report."""
+        since, self._unreported = self._unreported, 0
+        return {"skipped_updates": since}
+
+
+def _explained(cause: Cause) -> str:
+    return f"{cause.event}; {cause.remedy}: RUN/ledger.jsonl, mm inspect RUN --step N"
 
 
 @contextmanager

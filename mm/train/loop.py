@@ -34,16 +34,17 @@ from mm.train.checkpoint import Position
 from mm.train.clock import clock_of
 from mm.train.dataset import PlannedData, check_division
 from mm.train.engine import build_engine, check_engine
-from mm.train.faults import Skips, Watchdog, out_of_memory_explained, samples_of
+from mm.train.faults import NO_WEIGHT, NOT_FINITE, Skips, Watchdog, out_of_memory_explained, samples_of
 from mm.train.guard import Guard, GuardOptions, Spike
 from mm.train.interrupts import Interrupts, Stopped, leave_to_the_run, seconds_of
+from mm.train.ledger import Ledger, Tally
 from mm.train.memory import Memory, check_memory, memory_of_a_process
 from mm.train.meter import Meter, device_peak, training_factors
 from mm.train.optim import freeze, set_learning_rate
 from mm.train.parallel import World, join_world, local_world, reproducible, resolve_precision
 from mm.train.profile import Steps, profiling
 from mm.train.recipe import Recipe
-from mm.train.records import Ledger, Seen, writers
+from mm.train.records import Seen, writers
 from mm.train.saving import Saver, saving
 from mm.train.schedule import learning_rate_factor
 from mm.train.stages import RunError, Stage, open_stages
@@ -164,11 +165,11 @@ def run(
     peak, clock = device_peak(world.device, dtype), clock_of(world.device)
     memory = Memory(world.device, engine.held())
     meter = Meter(objective.losses(data.names), factors, peak, world.sum, position.tokens, clock, memory, world.max)
-    ledger = Ledger(folder, recipe.data.max_broken, writes=share.index == 0)
-    seen = Seen(folder / "seen", world, position.step + 1, writes=share.index == 0)
     steps_done = range(stage.begin + 1, position.step + 1)
+    ledger = Ledger(folder, recipe.data, steps_done, writes=share.index == 0)
+    seen = Seen(folder / "seen", world, position.step + 1, writes=share.index == 0)
     guard = Guard(recipe.guard, folder, steps_done, writes=world.is_first) if recipe.guard else None
-    skips = Skips(ledger, data)
+    skips = Skips(ledger, data, logs=world.is_first)
 
     with (
         closing(engine),
@@ -183,15 +184,18 @@ def run(
             weights = objective.weights(micro_batches)
             votes = (saver.failed, *interrupts.votes(saver.reserve))
             with meter.timed("sync"):
-                *sums, failed, stop, save = world.sum([*weights.values(), *map(float, votes)])
+                own = (*weights.values(), *ledger.add(micro_batches), *votes)
+                *sums, samples, broken, failed, stop, save = world.sum([float(one) for one in own])
             denominators = dict(zip(weights, sums, strict=True))
+            learns = any(sums)  # the same on all processes; without it the step is to leave no trace
+            ledger.count(Tally(int(samples), int(broken)))
             if failed:
                 saver.wait()
             factor = learning_rate_factor(recipe.schedule, step - stage.begin, total - stage.begin)
             set_learning_rate(optimizer, factor)
 
             totals: list[tuple[Tensor, Tensor]] = []
-            for batch in micro_batches:
+            for batch in micro_batches if learns else ():
                 with meter.timed("forward"):
                     loss, parts = objective.loss(engine.model, batch, denominators, data.names)
                 with meter.timed("backward"):
@@ -201,18 +205,20 @@ def run(
                 meter.add_batch(
                     batch.real_tokens, len(batch.packs[1:]) * recipe.packing.capacity // share.count, model.flops(batch)
                 )
-                ledger.add(batch)
-            with meter.timed("optimizer"):
-                norm, finite = engine.step()
-                model.after_update(finite)
+            norm, cause = None, NO_WEIGHT
+            if learns:
+                with meter.timed("optimizer"):
+                    norm, finite = engine.step()
+                    model.after_update(finite)
+                cause = None if finite else NOT_FINITE
             meter.end_step(norm, recipe.optim.lr * factor)
             done = step + 1
             seen.add(done, micro_batches)
-            skips.add(done, finite, micro_batches)
+            skips.add(done, cause, micro_batches)
             here = replace(position, step=done, packs=stage.packs_at(done))
             watchdog.feed()
             outputs.advance()
-            if guard and (spike := guard.judge(done, mean_loss(totals, world), micro_batches)):
+            if guard and learns and (spike := guard.judge(done, mean_loss(totals, world), micro_batches)):
                 ledger.note(str(spike), samples=samples_of(spike.rows, data))
                 if rewind(spike, saver, here, guard.options, world):
                     return "rewound"
@@ -220,15 +226,15 @@ def run(
             saves = stop or save or due(recipe.save_every, done, total)
             figures = {}
             if saves or validates or due(recipe.log_every, done, total):
-                figures = meter.report()
+                figures = meter.report() | ledger.figures() | skips.figures()
             if held_out and validates:
                 with meter.paused():
-                    found, picture = validate(model, objective, held_out, world, recipe)
+                    found, picture = validate(model, objective, held_out, world, recipe, ledger)
                     figures |= found
                     outputs.show(done, picture)
                     if recipe.optim.average and recipe.optim.average.validate:
                         with averaged(model, optimizer):
-                            of_average, _ = validate(model, objective, held_out, world, recipe)
+                            of_average, _ = validate(model, objective, held_out, world, recipe, ledger)
                         figures |= {f"average/{name}": figure for name, figure in of_average.items()}
             if figures:
                 outputs.write(done, figures)
@@ -242,6 +248,8 @@ def run(
                 return "stopped"
         if saver.wait() is None:
             raise RunError(f"nothing to do: {folder} asks for {total} steps")
+        ledger.check_end()
+        skips.check_end(total - stage.begin)
     return "ended"
 
 
@@ -276,26 +284,38 @@ def due(every: int, step: int, total: int) -> bool:
 
 @torch.no_grad()
 def validate(
-    model: Trainable, objective: Objective, held_out: PlannedData, world: World, recipe: Recipe
+    model: Trainable, objective: Objective, held_out: PlannedData, world: World, recipe: Recipe, ledger: Ledger
 ) -> tuple[dict[str, float], Tensor | None]:
-    """Figures over all packs of the validation split, and a picture of the first of them if the objective draws one."""
+    """Figures over all packs of the validation split, and a picture of the first of them if the objective draws one.
+
+    Raises:
+        RunError: nothing in it bears loss, such as where all samples are broken.
+    """
     model.eval()
     totals: dict[str, Tensor] = {}
-    picture = None
+    picture, broken = None, 0
     context = recipe.parallel.context
     capacity = recipe.packing.capacity if context > 1 else None
     dataset = held_out.materialiser(capacity, world.share(context))
     for micro_step in held_out.every_pack(world.reader(context)):
         batch = dataset[micro_step].to(world.device)
+        broken += ledger.add_validation([batch]).broken
         examined = objective.examine(model, batch, held_out.names)
         picture = examined.picture if picture is None else picture
         for name, added in examined.sums.items():
             added = added.double().cpu()
             totals[name] = totals[name] + added if name in totals else added
     model.train()
-    summed = iter(world.sum([value for total in totals.values() for value in total.tolist()]))
+    broken, *values = world.sum([float(broken), *(value for total in totals.values() for value in total.tolist())])
+    summed = iter(values)
     sums = {name: torch.tensor([next(summed) for _ in total], dtype=torch.float64) for name, total in totals.items()}
-    return objective.figures(sums) if sums else {}, picture
+    of_losses = [pair for name, pair in sums.items() if name.startswith("loss/")]
+    if of_losses and not any(float(weight) for _, weight in of_losses):
+        raise RunError(
+            f"nothing in the validation split bears loss: {broken:,.0f} of its samples are broken, see {ledger.path}; "
+            "mend data.validation, or leave it out"
+        )
+    return objective.figures(sums) | {"validation/broken": broken}, picture
 
 
 def first_packs(data: PlannedData, packs: int, device: torch.device) -> Iterator[Batch]:

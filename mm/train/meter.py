@@ -161,7 +161,7 @@ class Meter:
     def _reset(self) -> None:
         self._losses = {name: torch.zeros(2, dtype=torch.float64) for name in self._names}
         self._flops = dict.fromkeys(PARTS, 0.0)
-        self._real = self._capacity = self._steps = 0
+        self._real = self._capacity = self._steps = self._updates = 0
         self._norm: float | Tensor = 0.0
         self._rate = math.nan
         self._started = time.perf_counter()
@@ -198,17 +198,19 @@ class Meter:
             added = torch.stack(pair).detach().double()
             self._losses[name] = self._losses[name].to(added.device) + added
 
-    def end_step(self, gradient_norm: float | Tensor, learning_rate: float) -> None:
-        """Count an update, with the norm of the global gradient before clipping."""
+    def end_step(self, gradient_norm: float | Tensor | None, learning_rate: float) -> None:
+        """Count a step, with the norm of the global gradient before clipping; None if it has computed none."""
         self._steps += 1
-        self._norm = self._norm + gradient_norm
         self._rate = learning_rate
+        if gradient_norm is not None:
+            self._updates += 1
+            self._norm = self._norm + gradient_norm
 
     def report(self) -> dict[str, float]:
         """Figures over the steps since the last report, of all processes together; every process takes part.
 
         ``loss`` (of ``total``) and ``loss/NAME`` in nats per unit of weight; a loss without labels is left out
-        ``gradient_norm`` mean over the steps; ``learning_rate`` of the last step
+        ``gradient_norm`` mean over the steps that computed one; ``learning_rate`` of the last step
         ``tokens`` real tokens since the start of the run; ``tokens_per_second`` real; ``fill`` real / all
         ``seconds_per_step``; ``time/PHASE`` and ``time/rest`` shares of them, mean over processes, see `mm.train.clock`
         ``flops_per_second`` of all processes; ``mfu`` or ``mfu_of_measured`` share of the peak (see `device_peak`)
@@ -226,7 +228,7 @@ class Meter:
         phases = self._clock.take()
         sums = {
             "processes": 1.0,
-            "norm": float(self._norm),
+            "norm": float(self._norm) / max(self._updates, 1),
             "seconds": time.perf_counter() - self._started,
             **{f"seconds/{phase}": spent for phase, spent in phases.items()},
             "real": float(self._real),
@@ -238,6 +240,8 @@ class Meter:
         sums = dict(zip(sums, self._reduce(list(sums.values())), strict=True))
         self.tokens += int(sums["real"])
         figures = _figures(sums, self._names, self._steps, self._peak)
+        if not self._updates:
+            del figures["gradient_norm"]
         figures |= {"learning_rate": self._rate, "tokens": self.tokens}
         if self._memory:
             figures |= _memory_figures(self._memory, self._largest)
@@ -270,7 +274,7 @@ def _figures(sums: Mapping[str, float], names: Sequence[str], steps: int, peak: 
         means = {name: mean for name, mean in means.items() if not name.startswith(WEIGHTS)}
     return {
         **{figure_name(name): mean for name, mean in means.items()},
-        "gradient_norm": sums["norm"] / sums["processes"] / steps,
+        "gradient_norm": sums["norm"] / sums["processes"],
         "tokens_per_second": sums["real"] / seconds,
         "fill": sums["real"] / sums["capacity"] if sums["capacity"] else math.nan,
         "seconds_per_step": seconds / steps,
@@ -411,6 +415,9 @@ _COLUMNS = {
     "validation/utilisation": _Column("codes used ", 100, ".1f", " %"),
     "learning_rate": _Column("lr ", 1, ".2e"),
     "gradient_norm": _Column("norm ", 1, ".3g"),
+    "skipped_updates": _Column("skipped updates ", 1, ".0f"),
+    "data/broken": _Column("broken samples ", 1, ",.0f"),
+    "validation/broken": _Column("broken in validation ", 1, ",.0f"),
     "tokens_per_second": _Column("", 1, ",.0f", " tok/s"),
     "fill": _Column("fill ", 100, ".1f", " %"),
     "time/data": _Column("data ", 100, ".1f", " %"),
@@ -421,11 +428,15 @@ _COLUMNS = {
 }
 
 
+ONLY_IF_ANY = ("skipped_updates", "data/broken", "validation/broken")
+"""Columns that are left out where they are 0."""
+
+
 def terminal_line(step: int, total: int, figures: Mapping[str, float]) -> str:
     """``step  120/2000  loss 3.2140  lr 3.00e-04  norm 0.81  12,300 tok/s  …``: the figures that a person watches."""
     shown = [
         f"{column.before}{column.scale * figures[name]:{column.format}}{column.after}"
         for name, column in _COLUMNS.items()
-        if name in figures
+        if name in figures and (figures[name] or name not in ONLY_IF_ANY)
     ]
     return "  ".join([f"step {step:>{len(str(total))}}/{total}", *shown])

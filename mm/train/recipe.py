@@ -58,7 +58,9 @@ class DataOptions:
     cache: keep copies of remote shards, and the rows of parquet files, on disk, see docs/remote.md; without it they are
         read in place
     workers: loader processes per training process
-    max_broken: share of samples that may turn out broken before the run stops
+    max_broken: share of the samples of a stage that may turn out broken; with more of them the run stops
+    max_broken_after: the share is of so many samples while the stage has read fewer, since the first ones say little.
+        At the end of the stage it is of all that were read, however few
     """
 
     sources: dict[str, SourceOptions]
@@ -69,6 +71,7 @@ class DataOptions:
     cache: CacheOptions | None = None
     workers: int = 1
     max_broken: float = 0.01
+    max_broken_after: int = 1000
 
 
 OF_THE_WHOLE_RUN = {

@@ -4,7 +4,7 @@ RUN/recipe.yaml, versions.json    what was asked for, and by what it was compute
 RUN/metrics.jsonl, tensorboard/   figures, see `mm.train.meter`
 RUN/pictures/step-N.png             what validation shows of an autoencoder
 RUN/seen/rank-N.jsonl             which samples each step trained on
-RUN/ledger.jsonl                  what went wrong
+RUN/ledger.jsonl                  what went wrong, see `mm.train.ledger`
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 from torch import Tensor
@@ -24,11 +23,8 @@ from mm.train.checkpoint import Position
 from mm.train.meter import JsonLines, Progress, TensorBoard, Writer
 from mm.train.parallel import World
 from mm.train.recipe import Recipe
-from mm.train.stages import RunError
 from mm.train.trackers import Trackio, WandB
 from mm.train.versions import versions
-
-FORGIVEN = 8  # broken samples that no run stops for, however short it is
 
 
 class Outputs:
@@ -100,41 +96,3 @@ class Seen:
     def add(self, step: int, batches: Sequence[Batch]) -> None:
         digests = [digest for batch in batches for digest in batch.digests()] if self._writes else []
         self._lines.write(step, {"packs": digests})
-
-
-class Ledger:
-    """Samples that were replaced by padding, and other events of a run: ``ledger.jsonl``, one object a line.
-
-    Args:
-        writes: of processes that share their streams one does.
-    """
-
-    def __init__(self, folder: Path, max_broken: float, *, writes: bool = True) -> None:
-        self._path = folder / "ledger.jsonl"
-        self._max_broken = max_broken
-        self._writes = writes
-        self._seen = 0
-        self._broken: list[str] = []
-
-    def add(self, batch: Batch) -> None:
-        """Record the batch's broken samples.
-
-        Raises:
-            RunError: more of the data is broken than the recipe allows.
-        """
-        self._seen += int((batch.rows[:, 0] >= 0).sum())
-        for name, reason in batch.broken:
-            self._broken.append(f"{name}: {reason}")
-            self.note(self._broken[-1])
-        if len(self._broken) > max(self._max_broken * self._seen, FORGIVEN):
-            last = "\n  ".join(self._broken[-FORGIVEN:])
-            raise RunError(
-                f"{len(self._broken)} of {self._seen} samples could not be used, more than data.max_broken allows "
-                f"({self._max_broken:.1%}); all are listed in {self._path}, the last ones:\n  {last}"
-            )
-
-    def note(self, event: str, **more: Any) -> None:
-        if not self._writes:
-            return
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"event": event} | more) + "\n")

@@ -32,7 +32,8 @@ from mm.media import Facts, ImageFacts, PointFacts, SpeechFacts
 from mm.model.build import build_trainable
 from mm.model.multimodal import build_processor
 from mm.model.trainable import Trainable
-from mm.packing.collate import Processor
+from mm.objectives.base import Objective
+from mm.packing.collate import Processor, TextLength
 from mm.packing.materialise import Samples
 from mm.packing.source import DROPPED, FILTERED, MISSING, QUANTITIES, Rows, Source
 from mm.packing.weights import Factor, Weighting
@@ -52,15 +53,20 @@ TYPICAL: dict[Modality, tuple[Facts, ...]] = {
 
 @dataclass(frozen=True)
 class Blueprint:
-    """The model on the meta device with its processor: enough to plan, without reading any weights."""
+    """The model on the meta device with its processor: enough to plan, without reading any weights.
+
+    learned: modalities of the labels that the objective learns from, see `Objective.learned`
+    """
 
     model: Trainable
     processor: Processor
+    learned: frozenset[Modality] | None
 
     @classmethod
     def of(cls, recipe: Recipe) -> Blueprint:
         model = build_trainable(recipe.model, meta=True)
-        return cls(model, build_processor(recipe.model, model, recipe.text_tokenizer()))
+        processor = build_processor(recipe.model, model, recipe.text_tokenizer())
+        return cls(model, processor, configure.build(recipe.objective, Objective).learned)
 
     def identity(self) -> dict[str, Any]:
         """What lengths and costs follow from, for `Plan.open`: tokens and FLOPs of some media and documents."""
@@ -208,8 +214,14 @@ class OpenSource:
             shard_rows=None if self.index is None else np.diff(self.index.starts),
             weight=self.options.weight,
             epochs=self.options.epochs,
-            selection=self.selection,
+            selection=self.selection | {"learned": _labels(self._learned)},
         )
+
+    @cached_property
+    def _learned(self) -> frozenset[Modality] | None:
+        """Modalities whose labels have weight in this source; None if labels are not needed."""
+        learned = self.blueprint.learned
+        return None if learned is None else frozenset(one for one in learned if not self.weighting.mutes(one))
 
     def rows(self, shards: Sequence[int]) -> Rows:
         """What the plan needs of the rows of some shards. Indexes those that are not.
@@ -232,6 +244,7 @@ class OpenSource:
             tokens=np.where(usable, text[:, :, 0] + media_tokens, 0).astype(np.int32),
             counts=media.counts,
             media_end=np.where(usable, text[:, :, 1] + media_tokens, 0).astype(np.int32),
+            first_label=None if self._learned is None else first_labels(text, media_tokens, self._learned),
             media_tokens=media.tokens,
             media_flops=media.flops,
             excluded=self._excluded(index, shards),
@@ -304,17 +317,40 @@ def _identity(rows: np.ndarray) -> str:
 
 def _lengths_of(processor: Processor) -> tuple[Any, ...]:
     """Name, fingerprint, function and type of the column of text lengths."""
-    return "text_lengths", processor.text.fingerprint, processor.text_length, pa.list_(pa.int32())
+    spelled = _labels(frozenset(processor.spellings)) or []
+    fingerprint = " ".join([processor.text.fingerprint, "with labels", *spelled])
+    return "text_lengths", fingerprint, processor.text_length, pa.list_(pa.int32())
+
+
+def _labels(modalities: frozenset[Modality] | None) -> list[str] | None:
+    return None if modalities is None else [modality.label for modality in sorted(modalities)]
+
+
+def first_labels(text: np.ndarray, media_tokens: np.ndarray, learned: frozenset[Modality]) -> np.ndarray:
+    """(n, C) int32 as in `Rows.first_label`. Items are never cut, so that only words behind the last one can be.
+
+    Args:
+        text: (n, C, 4) `TextLength` under each choice; media_tokens: (n, 1) tokens of all items.
+        learned: modalities whose labels count. The two ends of an item's codes are text.
+    """
+    tokens, before_media, before_label, labelled = np.moveaxis(text, 2, 0)
+    first = tokens + media_tokens
+    if Modality.TEXT in learned:
+        kept = before_label < before_media
+        first = np.where(before_label >= 0, before_label + np.where(kept, 0, media_tokens), first)
+        first = np.where(labelled > 0, 0, first)
+    spelled = sum(1 << modality for modality in learned)
+    return np.where((labelled & spelled) > 0, 0, first).astype(np.int32)
 
 
 def _text_lengths(index: Index, processor: Processor) -> np.ndarray:
-    """(n, choices, 2) text tokens of every row, and those before its last media item ends; -1 where it is broken."""
+    """(n, C, 4) `TextLength` of every row under each choice; -1 where it is broken."""
     column = columns.compute_choices(index, *_lengths_of(processor), processes=None, progress=False)
     choices = len(index.card.choices)
-    lengths = np.full((index.rows * choices, 2), -1, np.int64)
+    lengths = np.full((index.rows * choices, len(TextLength._fields)), -1, np.int64)
     whole = pa.chunked_array(column, column.type).combine_chunks()
     present = np.repeat(np.asarray(whole.is_valid()), choices)  # a row that broke has no choices at all
     of_choices = whole.flatten()
     present[present] = np.asarray(of_choices.is_valid())
-    lengths[present] = of_choices.flatten().to_numpy(zero_copy_only=False).reshape(-1, 2)
-    return lengths.reshape(index.rows, choices, 2)
+    lengths[present] = of_choices.flatten().to_numpy(zero_copy_only=False).reshape(-1, lengths.shape[1])
+    return lengths.reshape(index.rows, choices, lengths.shape[1])
