@@ -22,6 +22,7 @@ import torchaudio
 from torch import Tensor, nn
 
 from mm.encoders.base import Encoder, Grid, Transform
+from mm.layers.precision import wide_dtype
 from mm.media import BrokenMedia, SpeechFacts, Waveform
 from mm.sample import Modality
 
@@ -151,7 +152,8 @@ class WhisperEncoder(Encoder):
     def forward(self, windows: Tensor, lengths: Tensor, index: Tensor) -> Tensor:
         """(ΣF, C) features. See `SpeechTransform.collate` for the inputs."""
         tower = self.tower
-        mel = log_mel(windows, tower.config.num_mel_bins).to(tower.conv1.weight.dtype)
+        dtype = tower.conv1.weight.dtype
+        mel = log_mel(windows, tower.config.num_mel_bins, wide_dtype(dtype)).to(dtype)
         own: Tensor | None = None
         if not self.transform.pad_to_30s:
             mel = mel[..., :-2]
@@ -186,27 +188,29 @@ class WhisperEncoder(Encoder):
 
 @torch.autocast("cuda", enabled=False)
 @torch.autocast("cpu", enabled=False)
-def log_mel(windows: Tensor, mels: int) -> Tensor:
-    """(W, mels, samples / 160) float32 log-mel spectrogram, as `transformers.WhisperFeatureExtractor` computes it.
+def log_mel(windows: Tensor, mels: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(W, mels, samples / 160) log-mel spectrogram, as `transformers.WhisperFeatureExtractor` computes it.
 
     Args:
         windows: (W, samples) int16 at 16 kHz, samples a multiple of 160.
+        dtype: float32 or float64, in which all is computed. How float32 rounds depends on the shape of the batch.
     """
-    waves = windows.to(torch.float32) / 32768
-    spectrum = torch.stft(waves, FFT, HOP, window=torch.hann_window(FFT, device=waves.device), return_complex=True)
+    waves = windows.to(dtype) / 32768
+    hann = torch.hann_window(FFT, dtype=dtype, device=waves.device)
+    spectrum = torch.stft(waves, FFT, HOP, window=hann, return_complex=True)
     power = spectrum[..., :-1].abs().square()
-    levels = (_mel_filters(mels, waves.device) @ power).clamp(min=1e-10).log10()
+    levels = (_mel_filters(mels, dtype, waves.device) @ power).clamp(min=1e-10).log10()
     loudest = levels.amax(dim=(1, 2), keepdim=True)
     return (levels.maximum(loudest - 8.0) + 4.0) / 4.0
 
 
 @lru_cache(maxsize=8)
-def _mel_filters(mels: int, device: torch.device) -> Tensor:
-    """(mels, 201) float32 triangular filters between 0 and 8 kHz."""
+def _mel_filters(mels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(mels, 201) triangular filters between 0 and 8 kHz."""
     from transformers.audio_utils import mel_filter_bank
 
     filters = mel_filter_bank(1 + FFT // 2, mels, 0.0, RATE / 2, RATE, norm="slaney", mel_scale="slaney")
-    return torch.from_numpy(filters.T.astype(np.float32)).to(device)
+    return torch.from_numpy(filters.T).to(device, dtype)
 
 
 def _resampled(frames: int, rate: int) -> int:
