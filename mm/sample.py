@@ -18,6 +18,10 @@ class BrokenSample(ValueError):
     """A sample that cannot be used; the message says why. Becomes a counted skip or padding, never a crash."""
 
 
+class BrokenMedia(BrokenSample):
+    """A file that cannot be used; the message says why."""
+
+
 class Modality(IntEnum):
     """The modality of a token of the stream, as stored in `Batch.modality`."""
 

@@ -35,9 +35,9 @@ STRIDE = 2 * HOP
 """Samples between two features: the second convolution halves the mel frames."""
 WINDOW = 30 * RATE
 """Samples of the longest window."""
-ODDEST_RATE = 8_000
-"""Limit of a sampling rate divided by what it has in common with 16 kHz: 441 for CDs. The resampling filter has about
-this times as many values as 16 kHz have left."""
+LARGEST_FILTER = 2**24
+"""Most values of the filter that resamples a rate to 16 kHz, about the product of both without their common divisor:
+2^17 for CDs. While it is computed it takes some 16 bytes for each value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,8 @@ class SpeechTransform(Transform):
         Raises:
             BrokenMedia: a sampling rate that no recorder uses and whose resampling filter would fill the memory.
         """
-        if item.rate // math.gcd(item.rate, RATE) > ODDEST_RATE:
+        common, around = math.gcd(item.rate, RATE), 14  # values that a filter has beyond its rate, on the slower side
+        if (item.rate // common + around) * (RATE // common + around) > LARGEST_FILTER:
             raise BrokenMedia(f"sampling rate of {item.rate} Hz, which has too small a common divisor with {RATE}")
         waveform = torch.from_numpy(np.asarray(item.samples, np.float32))
         length = _resampled(len(waveform), item.rate)
