@@ -18,10 +18,9 @@ import soundfile
 from PIL import Image as PillowImage
 from PIL import ImageFile
 
-from mm.sample import BrokenSample, Image, MediaPart, Modality, Speech
-
-MAX_PIXELS = 64 * 1024**2
-"""Most pixels of a picture: 192 MiB once it is decoded. A PNG of a few kilobytes may claim a thousand times that."""
+from mm.containers import UNKNOWN, whole
+from mm.picture_limits import check_picture
+from mm.sample import BrokenMedia, Image, MediaPart, Modality, Speech
 
 MAX_SPEECH_SECONDS = 1800
 """Longest recording, in seconds."""
@@ -34,7 +33,8 @@ MAX_POINTS = 4 * 1024**2
 
 _PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _SPEECH_FORMATS = ("WAV", "WAVEX", "RF64", "FLAC", "OGG", "MP3")
-_UNKNOWN_RIFF_SIZES = (0, 0xFFFF_FFFF)  # what programs write that stream a WAV into a pipe
+_SHOWN = 200  # characters of a header in a message
+_STRIP = 1024**2  # pixels of a picture that are converted at a time
 
 _UPRIGHT = {
     2: PillowImage.Transpose.FLIP_LEFT_RIGHT,
@@ -52,10 +52,6 @@ _DAMAGED = (OSError, SyntaxError, ValueError, LookupError, TypeError, Arithmetic
 
 _DAMAGED_HEADER = (ValueError, SyntaxError, TypeError, EOFError, RecursionError, MemoryError, tokenize.TokenError)
 """What NumPy raises on damaged ``.npy`` headers, which are Python literals."""
-
-
-class BrokenMedia(BrokenSample):
-    """A file that cannot be used; the message says why."""
 
 
 class ImageFacts(NamedTuple):
@@ -94,12 +90,17 @@ Item = PillowImage.Image | Waveform | np.ndarray
 
 
 def facts(part: MediaPart) -> Facts:
-    """What the decoded item will be, from the header alone. MP3 is decoded once: its headers only estimate.
+    """What the decoded item will be, from the header alone. Every value is in [1, 2³¹).
+
+    Decoded once for its length is a recording whose header does not know it, see `mm.containers`.
 
     Raises:
         BrokenMedia: the header cannot be read, or promises more than the limits of this module.
     """
-    return _FACTS[part.modality](part.data)
+    found = _FACTS[part.modality](part.data)
+    if not all(type(value) is int and 0 < value < 2**31 for value in found):
+        raise BrokenMedia(f"{part.modality.label} of {_shown(found)}; expected whole numbers in [1, 2^31)")
+    return found
 
 
 def decode(part: MediaPart) -> Item:
@@ -159,9 +160,7 @@ def _open_picture(data: bytes) -> tuple[PillowImage.Image, int]:
         raise BrokenMedia(f"picture too large: {error}") from error
     except _DAMAGED as error:
         raise BrokenMedia(f"unreadable picture: {type(error).__name__}: {error}") from error
-    width, height = picture.size
-    if not 0 < width * height <= MAX_PIXELS:
-        raise BrokenMedia(f"picture too large: {width} x {height} pixels, the limit is {MAX_PIXELS}")
+    check_picture(picture, data)
     return picture, _orientation(picture)
 
 
@@ -191,12 +190,24 @@ def _decode_image(data: bytes) -> PillowImage.Image:
         rgb = _to_rgb(picture)
     except _DAMAGED as error:
         raise BrokenMedia(f"undecodable picture: {type(error).__name__}: {error}") from error
+    del picture  # with its decoder
+    rgb.info = {}  # comments and colour profiles would go into every file that is made of the picture
     return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
 
 
 def _to_rgb(picture: PillowImage.Image) -> PillowImage.Image:
+    """The picture in RGB, converted strip by strip: copies of all of it in between would take several times as much."""
     if picture.mode == "RGB" and "transparency" not in picture.info:
         return picture
+    rgb = PillowImage.new("RGB", picture.size)
+    rows = max(1, _STRIP // picture.width)
+    for top in range(0, picture.height, rows):
+        strip = picture.crop((0, top, picture.width, min(top + rows, picture.height)))
+        rgb.paste(_strip_to_rgb(strip), (0, top))
+    return rgb
+
+
+def _strip_to_rgb(picture: PillowImage.Image) -> PillowImage.Image:
     if picture.mode.startswith("I;16"):
         grey = np.array(picture).astype(np.uint32)
         return PillowImage.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
@@ -209,42 +220,39 @@ def _to_rgb(picture: PillowImage.Image) -> PillowImage.Image:
     return picture.convert("RGB")
 
 
-def _open_speech(data: bytes) -> soundfile.SoundFile:
+class _Recording(soundfile.SoundFile):
+    """An open recording, read from front to back.
+
+    exact: whether its header states the number of frames
+    """
+
+    exact: bool
+
+    def seekable(self) -> bool:
+        """False: soundfile would seek after every read, which fails at the end of a FLAC of unknown length."""
+        return False
+
+
+def _open_speech(data: bytes) -> _Recording:
     """An open recording within the limits, whole as far as its container says."""
     if not data:
         raise BrokenMedia("empty recording file")
-    _check_whole(data)
+    container = whole(data)
     try:
-        file = soundfile.SoundFile(io.BytesIO(data))
+        file = _Recording(io.BytesIO(container.data))
     except (soundfile.SoundFileError, TypeError) as error:
         raise BrokenMedia(f"unreadable recording: {error}") from error
     if file.format not in _SPEECH_FORMATS:
         raise BrokenMedia(f"recording in format {file.format}, can read {', '.join(_SPEECH_FORMATS)}")
     if file.samplerate <= 0 or file.channels <= 0:
         raise BrokenMedia(f"recording with {file.channels} channels at {file.samplerate} Hz")
-    if file.format != "MP3":
+    file.exact = container.exact and file.format != "MP3" and file.frames < UNKNOWN
+    if file.exact:
         _limit_speech(file, file.frames)
     return file
 
 
-def _check_whole(data: bytes) -> None:
-    """Refuses truncated WAV and OGG files: libsndfile shortens the recording to what is there, without a sign.
-
-    Half a recording beside a whole transcript is a wrong sample. FLAC tells by its number of frames; MP3 cannot tell.
-    """
-    if data[:4] == b"RIFF":
-        size = int.from_bytes(data[4:8], "little") + 8
-        if size > len(data) and size - 8 not in _UNKNOWN_RIFF_SIZES:
-            raise BrokenMedia(f"truncated recording: {len(data)} of {size} bytes")
-    elif data[:4] == b"OggS":
-        # RFC 3533, section 6: byte 5 of a page holds the end-of-stream flag, byte 26 the number of segment lengths.
-        page = data[data.rfind(b"OggS") :]
-        ends = len(page) > 26 and page[5] & 4 and len(page) >= 27 + page[26] + sum(page[27 : 27 + page[26]])
-        if not ends:
-            raise BrokenMedia("truncated recording: the OGG stream has no end")
-
-
-def _limit_speech(file: soundfile.SoundFile, frames: int) -> None:
+def _limit_speech(file: _Recording, frames: int) -> None:
     if frames <= 0:
         raise BrokenMedia("recording without samples")
     if frames > MAX_SPEECH_SECONDS * file.samplerate or frames * file.channels > MAX_SPEECH_VALUES:
@@ -254,26 +262,26 @@ def _limit_speech(file: soundfile.SoundFile, frames: int) -> None:
         )
 
 
-def _read_speech(file: soundfile.SoundFile) -> np.ndarray:
+def _read_speech(file: _Recording) -> np.ndarray:
     """(frames, channels) float32. Where the header is exact, the number of frames is the promised one."""
     try:
-        if file.format != "MP3":
-            values = file.read(dtype="float32", always_2d=True)
+        if file.exact:
+            values = file.read(file.frames, dtype="float32", always_2d=True)
         else:
-            values = np.concatenate(_mp3_blocks(file))
+            values = np.concatenate(_blocks(file))
     except (soundfile.SoundFileError, MemoryError) as error:
         raise BrokenMedia(f"undecodable recording: {error}") from error
     _limit_speech(file, len(values))
-    if file.format != "MP3" and len(values) != file.frames:
+    if file.exact and len(values) != file.frames:
         raise BrokenMedia(f"truncated recording: {len(values)} of {file.frames} frames")
     return values
 
 
-def _mp3_blocks(file: soundfile.SoundFile) -> list[np.ndarray]:
-    """All there is, block by block, since the length in the header is an estimate; ends beyond the limit."""
+def _blocks(file: _Recording) -> list[np.ndarray]:
+    """All there is, block by block, since the header does not state the length; ends beyond the limit."""
     blocks: list[np.ndarray] = [np.empty((0, file.channels), np.float32)]
-    frames = 0
-    while len(block := file.read(1 << 20, dtype="float32", always_2d=True)):
+    frames, rows = 0, max(1, (1 << 20) // file.channels)
+    while len(block := file.read(rows, dtype="float32", always_2d=True)):
         blocks.append(block)
         frames += len(block)
         _limit_speech(file, frames)
@@ -282,8 +290,7 @@ def _mp3_blocks(file: soundfile.SoundFile) -> list[np.ndarray]:
 
 def _speech_facts(data: bytes) -> SpeechFacts:
     with _open_speech(data) as file:
-        frames = len(_read_speech(file)) if file.format == "MP3" else file.frames
-        return SpeechFacts(frames, file.samplerate)
+        return SpeechFacts(file.frames if file.exact else len(_read_speech(file)), file.samplerate)
 
 
 def _decode_speech(data: bytes) -> Waveform:
@@ -292,7 +299,7 @@ def _decode_speech(data: bytes) -> Waveform:
         samples = values[:, 0] if values.shape[1] == 1 else values.mean(axis=1, dtype=np.float32)
         if not np.isfinite(samples).all():
             raise BrokenMedia("recording with values that are not finite")
-        return Waveform(np.clip(samples, -1.0, 1.0), file.samplerate)
+        return Waveform(np.clip(samples, -1.0, 1.0, out=samples), file.samplerate)
 
 
 def _point_facts(data: bytes) -> PointFacts:
@@ -304,17 +311,26 @@ def _point_facts(data: bytes) -> PointFacts:
         else:
             shape, _, dtype = np.lib.format.read_array_header_2_0(stream)
     except _DAMAGED_HEADER as error:
-        raise BrokenMedia(f"unreadable point cloud: {error}") from error
+        raise BrokenMedia(f"unreadable point cloud: {_shown(error)}") from error
     if dtype.kind not in "fiu":
-        raise BrokenMedia(f"point cloud of {dtype}, expected numbers")
-    if len(shape) != 2 or shape[1] not in (3, 6) or shape[0] < 1:
-        raise BrokenMedia(f"point cloud of shape {shape}, expected (n, 3) or (n, 6)")
+        raise BrokenMedia(f"point cloud of {_shown(dtype)}, expected numbers")
+    if any(type(size) is not int for size in shape) or len(shape) != 2 or shape[1] not in (3, 6) or shape[0] < 1:
+        raise BrokenMedia(f"point cloud of shape {_shown(shape)}, expected (n, 3) or (n, 6)")
     if shape[0] > MAX_POINTS:
-        raise BrokenMedia(f"point cloud too large: {shape[0]} points, the limit is {MAX_POINTS}")
+        raise BrokenMedia(f"point cloud too large: {_shown(shape[0])} points, the limit is {MAX_POINTS}")
     promised, given = shape[0] * shape[1] * dtype.itemsize, len(data) - stream.tell()
     if given < promised:
         raise BrokenMedia(f"truncated point cloud: {given} of {promised} bytes")
     return PointFacts(*shape)
+
+
+def _shown(value: object) -> str:
+    """The start of what a header says, for a message. Python refuses to write out a number of thousands of digits."""
+    try:
+        text = str(value)
+    except ValueError:
+        return "a number of thousands of digits"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def _decode_points(data: bytes) -> np.ndarray:

@@ -44,6 +44,10 @@ def encodable_key(key: str) -> str:
     return f"{short[: LONGEST - len(digest) - 1]}…{digest}"
 
 
+class BrokenMedia(BrokenSample):
+    """A file that cannot be used; the message says why."""
+
+
 class Modality(IntEnum):
     """The modality of a token of the stream, as stored in `Batch.modality`."""
 

@@ -197,11 +197,11 @@ def test_positions_and_documents_of_a_layout() -> None:
 def test_rotation_is_a_complex_multiplication() -> None:
     x = torch.randn(7, 3, DEPTH, dtype=torch.float64)
     positions = torch.tensor([0, 1, 2, 5, 0, 1, 900])
-    angles = positions[:, None, None].float() * inverse_frequencies(Rope(), DEPTH)
+    angles = positions[:, None, None] * inverse_frequencies(Rope(), DEPTH, dtype=torch.float64)
     pairs = torch.complex(x[..., : DEPTH // 2], x[..., DEPTH // 2 :])
     expected = pairs * torch.polar(torch.ones_like(angles), angles)
     found = rotate(x, rotation(Rope(), positions, DEPTH, torch.float64))
-    torch.testing.assert_close(found, torch.cat([expected.real, expected.imag], -1).double(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(found, torch.cat([expected.real, expected.imag], -1), rtol=0, atol=1e-13)
 
 
 def test_gradients_of_rotation_and_norm_are_right() -> None:
@@ -221,7 +221,7 @@ def test_scores_depend_on_the_distance_of_tokens_only() -> None:
         ]
         return (turned[0] * turned[1]).sum()
 
-    torch.testing.assert_close(score(7, 3), score(107, 103), rtol=0, atol=1e-4)
+    torch.testing.assert_close(score(7, 3), score(107, 103), rtol=0, atol=1e-12)
     assert not torch.allclose(score(7, 3), score(8, 3))
 
 

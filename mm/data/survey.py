@@ -24,8 +24,8 @@ from mm.data.card import Card
 from mm.data.passes import PassError, end_with_parent
 from mm.data.shards import Scanned, ShardChanged, ShardError
 from mm.data.sources.splits import colours_of
-from mm.media import BrokenMedia, PointFacts, SpeechFacts, Waveform
-from mm.sample import BrokenSample, MediaPart, Sample, Text
+from mm.media import BrokenMedia, Waveform
+from mm.sample import BrokenSample, MediaPart, Modality, Sample, Text
 from mm.terminal import Progress
 
 EXAMPLES = 20
@@ -159,7 +159,7 @@ class _Notes:
             return
         try:
             samples = [self.card.sample(scanned.record, choice) for choice in range(len(self.card.choices))]
-            items = [(part, *_decoded(part)) for part in samples[0].media]
+            items = [_surveyed(part) for part in samples[0].media]
         except BrokenMedia as broken:
             self._refuse(scanned.key, f"broken media: {broken}")
         except BrokenSample as broken:
@@ -174,29 +174,23 @@ class _Notes:
         if len(examples) < EXAMPLES:
             examples.append((key, reason))
 
-    def _count(self, samples: list[Sample], items: list[tuple[MediaPart, int, media.Item]]) -> None:
+    def _count(self, samples: list[Sample], items: list[_Item]) -> None:
         number = len(self.keys)
         words = [[part.text for part in one.parts if isinstance(part, Text)] for one in samples]
         self.keys.append(samples[0].key)
         self.texts.append(_digest("\0".join(text for one in words for text in one).encode()) if any(words) else 0)
         for p, one in zip(self.card.choices, words, strict=True):
             self.characters += p * sum(map(len, one))
-        digests = []
-        for part, digest, item in items:
-            digests.append(digest)
-            if isinstance(item, PillowImage.Image):
+        for item in items:
+            if item.looks is not None:
                 self.pictures.append(len(self.media))
-                self.hashes.append(media.perceptual_hash(item))
-                self.colours.append(colours_of(item))
-                self.sizes.append(item.width * item.height)
-            elif isinstance(item, Waveform):
-                self.sizes.append(len(item.samples) / item.rate)
-            else:
-                self.sizes.append(len(item))
-            self.media.append(digest)
+                self.hashes.append(item.looks[0])
+                self.colours.append(item.looks[1])
+            self.sizes.append(item.size)
+            self.media.append(item.digest)
             self.owners.append(number)
-            self.modalities.append(part.modality)
-        self.samples.append(_digest(repr((self.texts[-1], digests)).encode()))
+            self.modalities.append(item.modality)
+        self.samples.append(_digest(repr((self.texts[-1], [item.digest for item in items])).encode()))
 
     def survey(self, unreadable: str | None) -> Survey:
         return Survey(
@@ -216,22 +210,35 @@ class _Notes:
         )
 
 
-def _decoded(part: MediaPart) -> tuple[int, media.Item]:
-    """Digest of a file, and the item in it.
+class _Item(NamedTuple):
+    """What is kept of a medium of a sample. The pictures of a long page, all decoded, would fill the memory.
+
+    digest: of the file
+    size: as in `Survey.sizes`
+    looks: perceptual hash and (16, 16, 3) colours of a picture
+    """
+
+    modality: Modality
+    digest: int
+    size: float
+    looks: tuple[int, np.ndarray] | None = None
+
+
+def _surveyed(part: MediaPart) -> _Item:
+    """A file decoded, measured and forgotten.
 
     Raises:
         BrokenMedia: it cannot be decoded, or is not what its header says, on which a plan would rely.
     """
     facts, item = media.facts(part), media.decode(part)
-    if isinstance(item, PillowImage.Image):
-        found: tuple[int, ...] = item.size
-    elif isinstance(item, Waveform):
-        found = SpeechFacts(len(item.samples), item.rate)
-    else:
-        found = PointFacts(*item.shape)
-    if tuple(facts) != tuple(found):
+    found = media.measure(item)
+    if facts != found:
         raise BrokenMedia(f"decodes to {tuple(found)}, its header says {tuple(facts)}")
-    return _digest(part.data), item
+    digest = _digest(part.data)
+    if isinstance(item, PillowImage.Image):
+        looks = media.perceptual_hash(item), colours_of(item)
+        return _Item(part.modality, digest, item.width * item.height, looks)
+    return _Item(part.modality, digest, len(item.samples) / item.rate if isinstance(item, Waveform) else len(item))
 
 
 def _digest(data: bytes) -> int:

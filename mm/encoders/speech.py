@@ -22,6 +22,7 @@ import torchaudio
 from torch import Tensor, nn
 
 from mm.encoders.base import Encoder, Grid, Transform
+from mm.layers.precision import wide_dtype
 from mm.media import BrokenMedia, SpeechFacts, Waveform
 from mm.pretrained import from_pretrained
 from mm.sample import Modality
@@ -35,9 +36,9 @@ STRIDE = 2 * HOP
 """Samples between two features: the second convolution halves the mel frames."""
 WINDOW = 30 * RATE
 """Samples of the longest window."""
-ODDEST_RATE = 8_000
-"""Limit of a sampling rate divided by what it has in common with 16 kHz: 441 for CDs. The resampling filter has about
-this times as many values as 16 kHz have left."""
+LARGEST_FILTER = 2**24
+"""Most values of the filter that resamples a rate to 16 kHz, about the product of both without their common divisor:
+2^17 for CDs. While it is computed it takes some 16 bytes for each value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,8 @@ class SpeechTransform(Transform):
         Raises:
             BrokenMedia: a sampling rate that no recorder uses and whose resampling filter would fill the memory.
         """
-        if item.rate // math.gcd(item.rate, RATE) > ODDEST_RATE:
+        common, around = math.gcd(item.rate, RATE), 14  # values that a filter has beyond its rate, on the slower side
+        if (item.rate // common + around) * (RATE // common + around) > LARGEST_FILTER:
             raise BrokenMedia(f"sampling rate of {item.rate} Hz, which has too small a common divisor with {RATE}")
         waveform = torch.from_numpy(np.asarray(item.samples, np.float32))
         length = _resampled(len(waveform), item.rate)
@@ -152,7 +154,8 @@ class WhisperEncoder(Encoder):
     def forward(self, windows: Tensor, lengths: Tensor, index: Tensor) -> Tensor:
         """(ΣF, C) features. See `SpeechTransform.collate` for the inputs."""
         tower = self.tower
-        mel = log_mel(windows, tower.config.num_mel_bins).to(tower.conv1.weight.dtype)
+        dtype = tower.conv1.weight.dtype
+        mel = log_mel(windows, tower.config.num_mel_bins, wide_dtype(dtype)).to(dtype)
         own: Tensor | None = None
         if not self.transform.pad_to_30s:
             mel = mel[..., :-2]
@@ -187,27 +190,29 @@ class WhisperEncoder(Encoder):
 
 @torch.autocast("cuda", enabled=False)
 @torch.autocast("cpu", enabled=False)
-def log_mel(windows: Tensor, mels: int) -> Tensor:
-    """(W, mels, samples / 160) float32 log-mel spectrogram, as `transformers.WhisperFeatureExtractor` computes it.
+def log_mel(windows: Tensor, mels: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(W, mels, samples / 160) log-mel spectrogram, as `transformers.WhisperFeatureExtractor` computes it.
 
     Args:
         windows: (W, samples) int16 at 16 kHz, samples a multiple of 160.
+        dtype: float32 or float64, in which all is computed. How float32 rounds depends on the shape of the batch.
     """
-    waves = windows.to(torch.float32) / 32768
-    spectrum = torch.stft(waves, FFT, HOP, window=torch.hann_window(FFT, device=waves.device), return_complex=True)
+    waves = windows.to(dtype) / 32768
+    hann = torch.hann_window(FFT, dtype=dtype, device=waves.device)
+    spectrum = torch.stft(waves, FFT, HOP, window=hann, return_complex=True)
     power = spectrum[..., :-1].abs().square()
-    levels = (_mel_filters(mels, waves.device) @ power).clamp(min=1e-10).log10()
+    levels = (_mel_filters(mels, dtype, waves.device) @ power).clamp(min=1e-10).log10()
     loudest = levels.amax(dim=(1, 2), keepdim=True)
     return (levels.maximum(loudest - 8.0) + 4.0) / 4.0
 
 
 @lru_cache(maxsize=8)
-def _mel_filters(mels: int, device: torch.device) -> Tensor:
-    """(mels, 201) float32 triangular filters between 0 and 8 kHz."""
+def _mel_filters(mels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(mels, 201) triangular filters between 0 and 8 kHz."""
     from transformers.audio_utils import mel_filter_bank
 
     filters = mel_filter_bank(1 + FFT // 2, mels, 0.0, RATE / 2, RATE, norm="slaney", mel_scale="slaney")
-    return torch.from_numpy(filters.T.astype(np.float32)).to(device)
+    return torch.from_numpy(filters.T).to(device, dtype)
 
 
 def _resampled(frames: int, rate: int) -> int:

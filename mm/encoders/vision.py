@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from mm.encoders.base import Encoder, Grid, Transform
 from mm.encoders.fold import fold_batch_norm
 from mm.encoders.shapes import trace
+from mm.layers.precision import wide_dtype
 from mm.locate import locate
 from mm.media import ImageFacts
 from mm.pretrained import from_pretrained, no_code_of
@@ -129,11 +130,12 @@ class VisionEncoder(Encoder):
         return self.tower(self.normalise(pixels)).flatten(0, 2)
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """(N, 3, rows, columns), channels last in memory, in the tower's precision; computed in fp32."""
-        values = pixels.to(torch.float32)
+        """(N, 3, rows, columns), channels last in memory, in the tower's precision; computed in at least fp32."""
+        dtype = next(self.tower.parameters()).dtype
+        values = pixels.to(wide_dtype(dtype))
         for channel, (scale, shift) in enumerate(zip(self.scale, self.shift, strict=True)):
             values[..., channel].mul_(scale).add_(shift)
-        return values.permute(0, 3, 1, 2).to(next(self.tower.parameters()).dtype)
+        return values.permute(0, 3, 1, 2).to(dtype)
 
     def flops(self, grid: Grid) -> float:
         if grid != self.transform.features:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch._C._autograd import _get_current_graph_task_keep_graph as graph_is_kept
 
 from mm import terminal
+from mm.layers.precision import wide_dtype
 
 logger = terminal.logger(__name__)
 
@@ -185,7 +186,7 @@ def _loss_and_gradients(
     weight_wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """(total, nll, lse, ∂total/∂hidden, ∂total/∂weight), the last in float32 or wider; None where not wanted."""
-    wide = torch.promote_types(hidden.dtype, torch.float32)
+    wide = wide_dtype(hidden.dtype)
     if not _multiplies_into_float32(hidden):
         weight = weight.to(wide)
     weights = weights.to(wide)

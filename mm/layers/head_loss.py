@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from mm.layers.cross_entropy import Losses, linear_cross_entropy
+from mm.layers.precision import wide
 
 Backend = Literal["reference", "liger", "cut-cross-entropy"]
 
@@ -79,7 +80,7 @@ def from_kernel(
     lse = nll + _dot(hidden, weight[labels])
     smooth = nll
     if options.label_smoothing:
-        mean = hidden.float() @ weight[: options.real].float().mean(0)
+        mean = wide(hidden) @ wide(weight[: options.real]).mean(0)
         smooth = (1 - options.label_smoothing) * nll + options.label_smoothing * (lse - mean)
     total = (weights * (smooth + options.z_loss * lse.square())).sum()
     return Losses(total, nll.detach(), lse.detach())
@@ -125,8 +126,8 @@ def validate(kernel: Kernel, options: HeadLoss, device: torch.device) -> None:
 
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:
-    """(L,) float32 products of the rows of two (L, D) matrices."""
-    return (left.float() * right.float()).sum(1)
+    """(L,) products of the rows of two (L, D) matrices, in at least float32."""
+    return (wide(left) * wide(right)).sum(1)
 
 
 @lru_cache(maxsize=1)

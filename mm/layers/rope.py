@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mm.layers.precision import wide_dtype
+
 
 @dataclass(frozen=True)
 class Rope:
@@ -49,9 +51,11 @@ class Rotation(NamedTuple):
     sin: Tensor
 
 
-def inverse_frequencies(rope: Rope, head_dim: int, device: torch.device | str = "cpu") -> Tensor:
-    """(d/2,) float32 angle per position. Computed, not stored: a buffer would be lost on the meta device."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+def inverse_frequencies(
+    rope: Rope, head_dim: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """(d/2,) angle per position. Computed, not stored: a buffer would be lost on the meta device."""
+    exponents = torch.arange(0, head_dim, 2, dtype=dtype, device=device) / head_dim
     return SCALINGS[rope.scaling](1.0 / rope.base**exponents, rope)
 
 
@@ -62,9 +66,10 @@ def rotation(rope: Rope, positions: Tensor, head_dim: int, dtype: torch.dtype) -
         rope: the frequencies.
         positions: (T,) int64.
         head_dim: d.
-        dtype: of the queries and keys. Angles are float32 whatever it is, as in the checkpoints' own code.
+        dtype: of the queries and keys. Angles are float32, as in the checkpoints' own code, and float64 where it is.
     """
-    angles = positions[:, None, None].float() * inverse_frequencies(rope, head_dim, positions.device)
+    wide = wide_dtype(dtype)
+    angles = positions[:, None, None].to(wide) * inverse_frequencies(rope, head_dim, positions.device, wide)
     cos, sin = angles.cos(), angles.sin()
     return Rotation(torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype))
 

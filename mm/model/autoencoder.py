@@ -23,6 +23,7 @@ from mm.configure import Component, build
 from mm.encoders.base import Adapter, Grid
 from mm.encoders.shapes import trace
 from mm.encoders.vision import VisionEncoder
+from mm.layers.precision import wide
 from mm.model.trainable import Trainable, trains
 from mm.packing.batch import Batch
 from mm.packing.collate import Entrance
@@ -126,10 +127,10 @@ class PerceptualDistance(nn.Module):
         size = self.encoder.transform.size
         if unit.shape[2:] != size:
             unit = F.interpolate(unit, size, mode="bilinear", antialias=True)
-        bytes = (unit.float() + 1) * 127.5
+        bytes = (wide(unit) + 1) * 127.5
         scale, shift = (bytes.new_tensor(values)[:, None, None] for values in (self.encoder.scale, self.encoder.shift))
         features = self.encoder.tower((bytes * scale + shift).to(unit.dtype))
-        return F.normalize(features.float(), dim=-1)
+        return F.normalize(wide(features), dim=-1)
 
 
 class Places(Adapter):

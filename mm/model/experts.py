@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from mm.layers.layout import Layout
 from mm.layers.noise import hashed, logistic
 from mm.layers.norm import RMSNorm
+from mm.layers.precision import wide
 from mm.model.stream import Stream
 from mm.sample import Modality
 
@@ -178,11 +179,6 @@ def taken(members: Tensor, experts: int, capacity: float) -> Tensor:
     """(P,) int64 tokens that each expert takes of so many members: ⌊n · c / E⌋, at least one, at most all."""
     shares = (members * capacity / experts).floor().long()
     return shares.clamp(min=1).minimum(members)
-
-
-def wide(values: Tensor) -> Tensor:
-    """The values in float32, or float64 if they are."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def scores(hidden: Tensor, router: nn.Linear) -> Tensor:

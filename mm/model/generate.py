@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mm.layers.attention import attend, attend_cache
 from mm.layers.layout import Layout
+from mm.layers.precision import wide
 from mm.model.decoder import Decoder
 from mm.model.grammar import Grammar
 from mm.model.multimodal import MultimodalLM
@@ -368,7 +369,7 @@ def _log_probabilities(decoder: Decoder, hidden: Tensor, predictors: list[int], 
     targets = torch.tensor(labels, device=hidden.device)
     found = torch.empty(len(labels), dtype=torch.float64)
     for first, chosen in zip(range(0, len(places), ROWS), hidden[places].split(ROWS), strict=True):
-        logits = (chosen @ decoder.head_weight.T).float()
+        logits = wide(chosen @ decoder.head_weight.T)
         mine = (rows >= first) & (rows < first + ROWS)
         logits_of_targets = logits[rows[mine] - first, targets[mine]]
         found[mine.cpu()] = (logits_of_targets - logits.logsumexp(-1)[rows[mine] - first]).double().cpu()

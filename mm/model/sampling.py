@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mm.layers.precision import wide
+
 Draw = Callable[[Tensor, Sequence[int]], list[int]]
 """One token for each row of (B, V) logits; row i belongs to the sequence of the i-th number."""
 
@@ -51,7 +53,7 @@ class _Nucleus:
         self.generators = [torch.Generator().manual_seed(_hash(sampling.seed, number)) for number in range(sequences)]
 
     def __call__(self, logits: Tensor, sequences: Sequence[int]) -> list[int]:
-        logits, tokens = logits.float().cpu().sort(descending=True)
+        logits, tokens = wide(logits).cpu().sort(descending=True)
         probabilities = (logits[:, : self.sampling.top_k] / self.sampling.temperature).softmax(-1)
         before = probabilities.cumsum(-1) - probabilities
         probabilities = probabilities.masked_fill(before >= self.sampling.top_p, 0.0)

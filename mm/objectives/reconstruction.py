@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mm.configure import RecipeError
+from mm.layers.precision import wide
 from mm.model.autoencoder import JudgedAutoencoder, Reconstructed
 from mm.model.trainable import Trainable
 from mm.objectives.base import Examined, Objective, loss_sums
@@ -116,15 +117,15 @@ class Reconstruction(Objective):
 
     def _terms(self, found: Reconstructed) -> dict[str, Tensor]:
         """(N,) each, those of weight 0 left out."""
-        target = found.target.permute(0, 3, 1, 2).float() / 127.5 - 1
-        difference = (found.pixels.float() - target).flatten(1)
+        pixels = wide(found.pixels)
+        difference = (pixels - (found.target.permute(0, 3, 1, 2).to(pixels.dtype) / 127.5 - 1)).flatten(1)
         terms = {"absolute": difference.abs().mean(1), "squared": difference.square().mean(1)}
         terms["commitment"] = found.commitment
         terms = {name: term for name, term in terms.items() if getattr(self, name)}
         if found.perceptual is not None:
             terms["perceptual"] = found.perceptual
         if found.logits is not None:
-            real, fake, fooled = (logits.float() for logits in found.logits)
+            real, fake, fooled = (wide(logits) for logits in found.logits)
             terms["generator"] = -fooled.mean(1)
             terms["discriminator"] = F.relu(1 - real).mean(1) / 2 + F.relu(1 + fake).mean(1) / 2
         return terms

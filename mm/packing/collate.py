@@ -38,6 +38,10 @@ class LengthMismatch(RuntimeError):
     """
 
 
+class UnusableDocument(ValueError):
+    """A document that does not fit itself, which would put labels or media of its neighbours in the wrong place."""
+
+
 class Item(NamedTuple):
     """One media item of a document: the prepared tensor, its feature grid, its first slot and their number."""
 
@@ -158,6 +162,8 @@ class Document:
 
     def cut(self, length: int) -> Document:
         """The first `length` tokens. The plan never cuts inside or before a media run."""
+        if not 1 <= length <= len(self):
+            raise LengthMismatch(f"a document of {len(self)} tokens cannot be cut to {length}")
         if any(item.start + item.length > length for item in self.items):
             raise LengthMismatch(f"cutting a document of {len(self)} tokens to {length} would cut a media run")
         factors = None if self.factors is None else self.factors[:length]
@@ -167,6 +173,26 @@ class Document:
     def loss_weights(self) -> np.ndarray:
         """(L,) float32 weight of each token as a target, all told."""
         return self.weights if self.factors is None else self.weights * self.factors
+
+    def problem(self) -> str | None:
+        """Return what is wrong with the document, or None."""
+        columns = {name: getattr(self, name) for name in ("tokens", "weights", "modality", "factors")}
+        sizes = {name: column.shape for name, column in columns.items() if column is not None}
+        if set(sizes.values()) != {self.tokens.shape} or self.tokens.ndim != 1:
+            return f"its columns have the shapes {sizes}; expected one value for each token in all of them"
+        if not len(self):
+            return "it has no tokens: leave the sample out"
+        if not (np.isfinite(self.loss_weights).all() and (self.loss_weights >= 0).all()):
+            return "its loss weights are not finite, or below 0"
+        end = 0
+        for item in self.items:
+            run = slice(item.start, item.start + item.length)
+            if item.start < end or item.length < 1 or run.stop > len(self):
+                return f"its {item.modality.label} item is in {run}; expected items in order, within {len(self)} tokens"
+            if isinstance(item, Item) and (self.weights[run] > 0).any():
+                return f"the slots of its {item.modality.label} item in {run} bear loss, and hold no token to predict"
+            end = run.stop
+        return None
 
 
 class TextLength(NamedTuple):
@@ -291,7 +317,13 @@ class Processor:
             broken: (sample, reason) of what was replaced by padding, for the run's ledger.
             share: the part of the stream that is to bear labels; the packs are padded so that it divides.
             seeds: of what layers draw, one a pack; all 0 if not given.
+
+        Raises:
+            LengthMismatch: a pack is over its capacity.
+            UnusableDocument: a document is empty or does not fit itself.
+            ValueError: there are no packs, or not as many owners as documents and seeds as packs.
         """
+        _check(packs, rows, seeds)
         documents: list[Document] = []
         owners: list[Owner] = []
         pack_starts = [0]
@@ -325,7 +357,7 @@ class Processor:
             offsets=torch.from_numpy(offsets.astype(np.int32)),
             packs=torch.tensor(pack_starts, dtype=torch.int32),
             rows=torch.tensor(owners, dtype=torch.int64).reshape(-1, 3),
-            seeds=torch.tensor(seeds or [0] * len(packs), dtype=torch.int64),
+            seeds=torch.tensor([0] * len(packs) if seeds is None else seeds, dtype=torch.int64),
             media=self._media(documents, offsets, held),
             broken=tuple(broken),
             share=share,
@@ -351,6 +383,23 @@ class Processor:
                 documents=torch.tensor([number for number, _ in placed]),
             )
         return media_by_modality
+
+
+def _check(packs: Sequence[Sequence[Document]], rows: Sequence[Sequence[Owner]], seeds: Sequence[int] | None) -> None:
+    """Raises what `Processor.collate` says of packs that would come out shifted."""
+    if not packs:
+        raise ValueError("a batch needs at least one pack; an empty one is a pack without documents")
+    counts = {"documents": [len(pack) for pack in packs], "owners": [len(owners) for owners in rows]}
+    if counts["documents"] != counts["owners"]:
+        raise ValueError(f"documents and owners differ in number, pack by pack: {counts}")
+    if seeds is not None and len(seeds) != len(packs):
+        raise ValueError(f"{len(seeds)} seeds for {len(packs)} packs")
+    for number, (pack, owners) in enumerate(zip(packs, rows, strict=True)):
+        for place, (document, (source, shard, row)) in enumerate(zip(pack, owners, strict=True)):
+            if (problem := document.problem()) is not None:
+                raise UnusableDocument(
+                    f"document {place} of pack {number} (source {source}, shard {shard}, row {row}): {problem}"
+                )
 
 
 def _shift(

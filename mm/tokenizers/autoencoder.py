@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mm.configure import RecipeError
+from mm.layers.precision import wide, wide_dtype
 
 
 @dataclass(frozen=True)
@@ -208,9 +209,9 @@ def to_rows(grids: Tensor) -> Tensor:
 
 def to_unit(pixels: Tensor, dtype: torch.dtype) -> Tensor:
     """(N, 3, H, W) in [-1, 1] of (N, H, W, 3) uint8."""
-    return (pixels.to(torch.float32) / 127.5 - 1.0).permute(0, 3, 1, 2).to(dtype)
+    return (pixels.to(wide_dtype(dtype)) / 127.5 - 1.0).permute(0, 3, 1, 2).to(dtype)
 
 
 def to_bytes(unit: Tensor) -> Tensor:
     """(N, H, W, 3) uint8 of (N, 3, H, W) around [-1, 1]; what is outside is cut."""
-    return ((unit.float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+    return ((wide(unit) + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)

@@ -20,6 +20,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mm.layers.precision import wide, wide_dtype
+
 RESTARTS = 256
 """Codes that are restarted in a step at most: as many latents travel between processes."""
 
@@ -92,7 +94,8 @@ class FiniteScalarQuantiser(Quantiser):
 
     def forward(self, latents: Tensor, draws: Tensor | None = None) -> Quantised:
         quantised, codes = self.scalar(latents[None])
-        return Quantised(quantised[0], codes[0].long(), latents.new_zeros(len(latents), dtype=torch.float32))
+        nothing = latents.new_zeros(len(latents), dtype=wide_dtype(latents.dtype))
+        return Quantised(quantised[0], codes[0].long(), nothing)
 
     def look_up(self, codes: Tensor) -> Tensor:
         return self.scalar.indices_to_codes(codes[None])[0]
@@ -170,7 +173,7 @@ class VectorQuantiser(Quantiser):
     def forward(self, latents: Tensor, draws: Tensor | None = None) -> Quantised:
         quantised, codes, _ = self.nearest(latents[None])
         codes = codes[0]
-        exact = latents.float()
+        exact = wide(latents)
         if self.normalises:
             exact = F.normalize(exact, dim=-1)
         commitment = (exact - self.look_up(codes)).square().mean(1)

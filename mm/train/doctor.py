@@ -147,8 +147,7 @@ class Look:
             "splits": {"train": {"shards": list(self.written)}},
             "sample": self.proposal.sample,
         }
-        remarks = "".join(f"# {printable(remark, 400)}
-" for remark in self.proposal.remarks)
+        remarks = "".join(f"# {printable(remark, 400)}\n" for remark in self.proposal.remarks)
         return remarks + configure.write_yaml(card)
 
     def _seen_table(self) -> Table:

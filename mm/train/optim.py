@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from mm.configure import RecipeError
 from mm.encoders.base import Encoder
+from mm.layers.precision import wide
 from mm.model.decoder import Decoder
 from mm.train.average import AVERAGE, AverageOptions, begin_averages, fresh_average, update_averages
 from mm.train.muon import Muon, fresh_state
@@ -228,7 +229,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     parameters may stand beside them, such as a part that is not sharded and has the same gradient on every rank.
 
     Returns:
-        () float32 norm before clipping; a plain tensor, not finite if any gradient is not.
+        () norm before clipping in at least float32; a plain tensor, not finite if any gradient is not.
     """
     by_mesh: dict[Any, list[nn.Parameter]] = defaultdict(list)  # torch mixes neither meshes nor DTensors and tensors
     for parameter in parameters:
@@ -237,7 +238,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     if not by_mesh:
         return torch.zeros(())
     norms = [nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]) for group in by_mesh.values()]
-    norm = torch.linalg.vector_norm(torch.stack([_full(norm).float() for norm in norms]))
+    norm = torch.linalg.vector_norm(torch.stack([wide(_full(norm)) for norm in norms]))
     for group in by_mesh.values():
         nn.utils.clip_grads_with_norm_(group, max_norm, norm)
     return norm

@@ -16,6 +16,9 @@ SHARES = {"heldout": 0.175, "instruct": 0.125, "validation": 0.075}
 """Of the drawings of each category; train takes the rest."""
 NEAR_SHAPE = 10
 """Bits of 64 by which the perceptual hashes of near-duplicates differ at most."""
+LONGEST = 4096
+"""Pixels of a side from which on a picture is shrunk before its colours are taken: a square of 60,000 × 60,000 pixels
+around a strip would take 14 GB."""
 NEAR_COLOURS = 14
 """Mean difference of the colours of near-duplicates at most, of 255."""
 
@@ -108,6 +111,9 @@ def _resembles(picture: Grouped, hashes: np.ndarray, colours: np.ndarray) -> np.
 def colours_of(picture: PillowImage.Image) -> np.ndarray:
     """(16, 16, 3) uint8: the RGB picture, centred on a white square and shrunk."""
     side = max(picture.size)
+    if side > LONGEST:
+        width, height = (max(1, round(length * LONGEST / side)) for length in picture.size)
+        picture, side = picture.resize((width, height), PillowImage.Resampling.BOX), LONGEST
     square = PillowImage.new("RGB", (side, side), "white")
     square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
     return np.asarray(square.resize((16, 16), PillowImage.Resampling.BOX))
