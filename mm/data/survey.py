@@ -22,11 +22,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mm import media
 from mm.data.card import Card
+from mm.data.mapping import reading_a_record
 from mm.data.passes import PassError, end_with_parent
 from mm.data.shards import Scanned, ShardChanged, ShardError
 from mm.data.sources.splits import colours_of
 from mm.media import BrokenMedia, PointFacts, SpeechFacts, Waveform
-from mm.sample import BrokenSample, MediaPart, Sample, Text
+from mm.sample import BrokenSample, MediaPart, Sample, Text, encodable, encodable_key
 
 EXAMPLES = 20
 """Keys that are kept for each kind of problem of a shard."""
@@ -159,7 +160,8 @@ class _Notes:
             return
         try:
             samples = [self.card.sample(scanned.record, choice) for choice in range(len(self.card.choices))]
-            items = [(part, *_decoded(part)) for part in samples[0].media]
+            with reading_a_record():
+                items = [(part, *_decoded(part)) for part in samples[0].media]
         except BrokenMedia as broken:
             self._refuse(scanned.key, f"broken media: {broken}")
         except BrokenSample as broken:
@@ -168,11 +170,12 @@ class _Notes:
             self._count(samples, items)
 
     def _refuse(self, key: str, reason: str) -> None:
+        reason = encodable(reason)
         kind = reason.partition(":")[0]
         self.broken[kind] += 1
         examples = self.examples.setdefault(kind, [])
         if len(examples) < EXAMPLES:
-            examples.append((key, reason))
+            examples.append((encodable_key(key), reason))
 
     def _count(self, samples: list[Sample], items: list[tuple[MediaPart, int, media.Item]]) -> None:
         number = len(self.keys)
