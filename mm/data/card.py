@@ -56,6 +56,7 @@ from mm.data.shards import (
     open_shard,
     refuse_unreadable,
 )
+from mm.data.unread import UnreadFiles
 from mm.sample import BrokenSample, Sample, encodable_key
 
 MAPPING_VERSION = 2
@@ -198,6 +199,12 @@ class Card:
         """
         with reading_a_record():
             return Sample(self.name, self._label(record), self.mapping.parts(record.fields, choice))
+
+    def unread_files(self) -> UnreadFiles | None:
+        """A count of files that no field of this card reads; None where it cannot tell, or fields are no files."""
+        if self.format != "webdataset" or self.mapping.names_files:
+            return None
+        return UnreadFiles(self._columns)
 
     @cached_property
     def mapping(self) -> RecordMapping:

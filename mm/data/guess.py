@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import json
 from base64 import b64decode
+from codecs import BOM_UTF8
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from mm import media
-from mm.data.mapping import MARKERS, ROLES
-from mm.sample import MEDIA_PARTS, BrokenSample, Modality
+from mm.data.mapping import PADDING, ROLES, parse_mapping, reading_a_record
+from mm.data.mapping.fields import shown
+from mm.data.mapping.words import is_blank
+from mm.sample import MEDIA_PARTS, BrokenSample, Modality, encodable
 
 KINDS = ("image", "speech", "point", "chat", "text", "label", "number", "JSON", "bytes", "other")
 """What a field may hold. A label is a text without spaces that no caption would be: a name, an address, a checksum."""
@@ -130,7 +134,7 @@ def _page(records: Sequence[Mapping[str, Any]]) -> dict[str, str] | None:
     """Two lists side by side, of which one holds words and the other pictures, in most records."""
     votes: Counter[tuple[str, str]] = Counter()
     for record in records:
-        lists = {path: value for path, value in _lists(record) if any(one is None for one in value) or len(value) == 1}
+        lists = {path: value for path, value in _lists(record) if not all(value) or len(value) == 1}
         for texts, words in lists.items():
             for images, pictures in lists.items():
                 if texts != images and _side_by_side(words, pictures):
@@ -151,9 +155,9 @@ def _lists(record: Mapping[str, Any]) -> Iterator[tuple[str, list[Any]]]:
 def _side_by_side(words: list[Any], pictures: list[Any]) -> bool:
     if len(words) != len(pictures) or not any(isinstance(word, str) for word in words):
         return False
-    if any((word is None) == (picture is None) for word, picture in zip(words, pictures, strict=True)):
+    if not all(word is None or isinstance(word, str) for word in words):
         return False
-    return all(word is None or isinstance(word, str) for word in words)
+    return all((not word) != (not picture) for word, picture in zip(words, pictures, strict=True))
 
 
 def _chat(
@@ -172,14 +176,41 @@ def _chat(
     if files and encoded:
         sample["encoding"] = "base64"
     if files:
-        modalities = {_MEDIA[kind] for kind in files}
-        markers = [marker for marker, modality in MARKERS.items() if modality in modalities]
-        texts = [json.dumps(_inside(record, chats[0].path), default=str) for record in records]
-        marked = sum(any(marker in text or '"type"' in text for marker in markers) for text in texts)
-        if marked * 2 < len(texts):
-            sample["place"] = "front"
-            remarks.append("few chats say where their files belong: they are put in front of the first words")
+        usable = {placed: _usable(sample | dict(placed.keys), records) for placed in _PLACED}
+        if usable[_AT_MARKERS]:  # where some chats have markers, and others none
+            usable.pop(_IN_FRONT)
+        placed = max(usable, key=lambda placed: usable[placed])
+        sample |= placed.keys
+        remarks += [placed.remark] if placed.remark else []
     return Proposal(sample, tuple(remarks))
+
+
+class _Placed(NamedTuple):
+    """Keys of a chat that say where files belong, and what they mean."""
+
+    keys: tuple[tuple[str, str], ...]
+    remark: str = ""
+
+
+_AT_MARKERS = _Placed(())
+_IN_FRONT = _Placed((("place", "front"),), "no chat says where its files belong: they are put before the first words")
+_PLACED = (
+    _AT_MARKERS,
+    _Placed((("markers", "all"),), "markers in answers are read too: with them there are as many markers as files"),
+    _IN_FRONT,
+    _Placed((("place", "either"),), "chats that do not say where their files belong have them before the first words"),
+)
+"""What a chat with files may say. The first of those by which most records are samples is proposed."""
+
+
+def _usable(sample: Any, records: Sequence[Mapping[str, Any]]) -> int:
+    """How many records are samples by this mapping."""
+    mapping, usable = parse_mapping(sample), 0
+    for record in records:
+        with suppress(BrokenSample), reading_a_record():
+            mapping.parts(record, 0)
+            usable += 1
+    return usable
 
 
 # -------------------------------------------------------------------------------------------------------- what it is
@@ -187,8 +218,8 @@ def _chat(
 
 def _look(found: dict[str, Field], path: str, value: Any, depth: int) -> None:
     """Counts a value, and what is inside it."""
-    if value is None or value in (b"", "", [], {}):
-        return
+    if value is None or value in (b"", "", [], {}) or path != encodable(path):
+        return  # nothing, or a name that no card can hold
     parsed = _parsed(value)
     inside = parsed if isinstance(parsed, dict | list) else None
     kind = _kind(value, inside)
@@ -197,7 +228,7 @@ def _look(found: dict[str, Field], path: str, value: Any, depth: int) -> None:
     one.encoded += kind in _MEDIA and _first(value) is not None and isinstance(_first(value), str)
     one.example = one.example or _example(value, kind)
     if kind == "text":  # also of labels, which only the sum over all records tells apart
-        text = value.decode() if isinstance(value, bytes) else value
+        text = (value.decode() if isinstance(value, bytes) else value).strip(PADDING)
         one.characters += len(text)
         one.spaces += len(text.split()) > 1
         one.texts.add(text[:80])
@@ -231,7 +262,7 @@ def _kind(value: Any, inside: Any) -> str:
             words = value.decode("utf-8")
         except UnicodeDecodeError:
             return "bytes"
-        return "text" if words.strip() else "other"
+        return "other" if is_blank(words) else "text"
     return "other"
 
 
@@ -255,7 +286,8 @@ def _first(value: Any) -> Any:
 
 def _is(modality: Modality, data: bytes) -> bool:
     try:
-        media.facts(MEDIA_PARTS[modality](data))
+        with reading_a_record():
+            media.facts(MEDIA_PARTS[modality](data))
     except BrokenSample:
         return False
     return True
@@ -275,26 +307,13 @@ def _parsed(value: Any) -> Any:
     """JSON behind bytes or text that could be an object or a list; anything else as it is."""
     if not isinstance(value, bytes | str):
         return value
-    if value.lstrip()[:1] not in (b"{", b"[", "{", "["):
+    start = value.strip(PADDING) if isinstance(value, str) else value.removeprefix(BOM_UTF8)
+    if start.lstrip()[:1] not in (b"{", b"[", "{", "["):
         return value
     try:
-        return json.loads(value)
+        return json.loads(start)
     except (ValueError, RecursionError):
         return value
-
-
-def _inside(record: Mapping[str, Any], path: str) -> Any:
-    """What a chat field holds; the path was found by `fields_of`, field names with dots included."""
-    for name in sorted(record, key=len, reverse=True):
-        if path == name or path.startswith(f"{name}."):
-            value = _parsed(record[name])
-            for step in path[len(name) + 1 :].split(".") if path != name else ():
-                if isinstance(value, list):
-                    value = value[int(step)] if int(step) < len(value) else None
-                else:
-                    value = _parsed(value.get(step)) if isinstance(value, dict) else None
-            return value
-    return None
 
 
 def _example(value: Any, kind: str) -> str:
@@ -305,4 +324,4 @@ def _example(value: Any, kind: str) -> str:
         return f"{tuple(media.facts(MEDIA_PARTS[_MEDIA[kind]](data)))}, {len(data):,} bytes"
     if isinstance(value, bytes):
         return f"{len(value):,} bytes" if kind == "bytes" else value[:200].decode("utf-8", "replace")
-    return str(value)[:200]
+    return value[:200] if isinstance(value, str) else shown(value)

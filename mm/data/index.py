@@ -31,21 +31,22 @@ from mm import terminal
 from mm.data.cache import Content, fetch_ahead
 from mm.data.card import Card
 from mm.data.passes import each_shard, read_stamp, write_table
-from mm.data.shards import Place, Scanned, Shard, ShardChanged, ShardFingerprint, ShardStat
-from mm.media import BrokenMedia, Facts, ImageFacts, PointFacts, SpeechFacts, facts
-from mm.sample import BrokenSample, Modality, Sample, Text
+from mm.data.scan import scan
+from mm.data.shards import Shard, ShardChanged, ShardFingerprint, ShardStat
+from mm.data.unread import Unread, total, unread_lines
+from mm.media import Facts, ImageFacts, PointFacts, SpeechFacts
+from mm.sample import Modality, Sample
 from mm.terminal import printable
 
 logger = terminal.logger(__name__)
 
-INDEX_VERSION = 1
-"""Raised when the files of an index change their form, so that they are built anew."""
+INDEX_VERSION = 2
+"""Raised when the files of an index change their form: they are built anew, and plans that were made before refused."""
 
 OPEN_SHARDS = 64
 """Shards, and tables of places, that a process keeps open."""
 
 _METADATA = b"mm.index"
-_MEDIA = pa.struct([("modality", pa.int8()), ("first", pa.int32()), ("second", pa.int32())])
 _FACTS = {Modality.IMAGE: ImageFacts, Modality.SPEECH: SpeechFacts, Modality.POINT: PointFacts}
 
 
@@ -64,6 +65,7 @@ class ShardIndex:
     mapping: fingerprint of the card's record mapping
     dropped: number of files that records lack and their samples do without, see `RecordMapping.dropped`
     hidden: number of hidden files in it that were skipped, see `mm.data.hidden`
+    unread: files of the records that no field of the card reads
     """
 
     shard: str
@@ -75,6 +77,7 @@ class ShardIndex:
     mapping: str
     dropped: int = 0
     hidden: int = 0
+    unread: tuple[Unread, ...] = ()
 
     @property
     def stamp(self) -> str:
@@ -200,7 +203,13 @@ class Index:
             lines.append(f"  {dropped} pictures that were not in their records are left out of pages (`missing: drop`)")
         if hidden := sum(shard.hidden for shard in self.shards):
             lines.append(f"  {hidden} hidden files, or files in hidden folders, are skipped")
+        lines += [f"  {line}" for line in unread_lines(self.unread)]
         return "\n".join(lines)
+
+    @property
+    def unread(self) -> list[Unread]:
+        """Files of the records that no field of the card reads, by kind."""
+        return total([shard.unread for shard in self.shards])
 
     @cached_property
     def _arrays(self) -> _Arrays:
@@ -312,8 +321,9 @@ class SplitSamples:
         entry = self.entry(shard)
         if stamp and entry.number != stamp:
             raise ShardChanged(
-                f"{entry.shard} was replaced, or its card changed, and it was indexed anew since this sample was "
-                "planned: its rows may be others. Restore it, or end the stage and add one (docs/stages.md)"
+                f"{entry.shard} was replaced, its card changed, or another version of mm reads it, and it was indexed "
+                "anew since this sample was planned: its rows may be others. Restore it, or end the stage and add one "
+                "(docs/stages.md)"
             )
         return self._reader.sample(entry, row, choice)
 
@@ -393,7 +403,10 @@ def index_shards(
     work = functools.partial(_index_shard, card, folder)
     entries |= each_shard(work, missing, processes, f"indexing {card.name}", progress)
     index = Index(card, split, folder, [entry for entry in entries.values() if entry is not None])
-    if any(entry.errors or entry.dropped or entry.hidden for entry in index.shards):
+    if any(
+        entry.errors or entry.dropped or entry.hidden or any(one.beside for one in entry.unread)
+        for entry in index.shards
+    ):
         logger.warning("%s", index.summary())
     return index
 
@@ -426,10 +439,10 @@ def _index_shard(card: Card, folder: Path, shard: str) -> ShardIndex:
             entry, table = before, pq.read_table(file)  # copied or touched: the same bytes under another date
             entry = replace(entry, shard=shard, file=file.name, stat=stat, fingerprint=fingerprint)
         else:
-            table, rows, dropped = _scan(card, opened)
+            table, rows, dropped, unread = scan(card, opened)
             mapping = card.mapping_fingerprint
             errors, hidden = table.num_rows - rows, opened.hidden
-            entry = ShardIndex(shard, file.name, rows, errors, stat, fingerprint, mapping, dropped, hidden)
+            entry = ShardIndex(shard, file.name, rows, errors, stat, fingerprint, mapping, dropped, hidden, unread)
         opened.check()
         opened.close()
         write_table(table, file, _METADATA, {"version": INDEX_VERSION, **asdict(entry)})
@@ -442,65 +455,8 @@ def _load_entry(file: Path) -> ShardIndex | None:
     if stamp is None or stamp.pop("version") != INDEX_VERSION:
         return None
     stat, fingerprint = ShardStat(*stamp.pop("stat")), ShardFingerprint(*stamp.pop("fingerprint"))
-    return ShardIndex(stat=stat, fingerprint=fingerprint, **stamp)
-
-
-def _scan(card: Card, shard: Shard) -> tuple[pa.Table, int, int]:
-    """The table of a shard, rows before errors, the number of rows, and of files that they do without."""
-    rows: list[_Row] = []
-    errors: list[_Row] = []
-    dropped = 0
-    for scanned in shard.scan():
-        row = _row(card, scanned)
-        (rows if row.error is None else errors).append(row)
-        if row.error is None and scanned.record is not None:
-            dropped += card.mapping.dropped(scanned.record.fields)
-    columns = list(zip(*rows, *errors, strict=True)) if rows or errors else [()] * len(_Row._fields)
-    schema = pa.schema(
-        [
-            ("key", pa.string()),
-            ("place", pa.list_(pa.int64(), 2)),
-            ("characters", pa.list_(pa.int32(), len(card.choices))),
-            ("media", pa.list_(_MEDIA)),
-            ("signature", pa.uint64()),
-            ("error", pa.string()),
-        ]
-    )
-    arrays = [pa.array(column, type) for column, type in zip(columns, schema.types, strict=True)]
-    return pa.Table.from_arrays(arrays, schema=schema), len(rows), dropped
-
-
-class _Row(NamedTuple):
-    key: str
-    place: Place
-    characters: list[int]
-    media: list[tuple[int, ...]]
-    signature: int
-    error: str | None
-
-
-def _row(card: Card, scanned: Scanned) -> _Row:
-    """The row of a record; of the text all choices must be usable, since a plan may draw any."""
-    choices = range(len(card.choices))
-    error = scanned.error
-    if scanned.record is not None:
-        try:
-            samples = [card.sample(scanned.record, choice) for choice in choices]
-            characters = [sum(len(part.text) for part in one.parts if isinstance(part, Text)) for one in samples]
-            media = [(part.modality.value, *facts(part)) for part in samples[0].media]
-            return _Row(samples[0].key, scanned.place, characters, media, _signature(media), None)
-        except BrokenMedia as broken:
-            error = f"broken media: {broken}"
-        except BrokenSample as broken:
-            error = str(broken)
-    return _Row(scanned.key, scanned.place, [0 for _ in choices], [], 0, error)
-
-
-def _signature(media: list[tuple[int, ...]]) -> int:
-    if not media:
-        return 0
-    packed = np.asarray(media, dtype="<i4").tobytes()
-    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little")
+    unread = tuple(Unread(*one) for one in stamp.pop("unread"))
+    return ShardIndex(stat=stat, fingerprint=fingerprint, unread=unread, **stamp)
 
 
 def _digest(value: Any) -> str:

@@ -21,11 +21,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn
 
 from mm import media
 from mm.data.card import Card
+from mm.data.mapping import reading_a_record
 from mm.data.passes import PassError, end_with_parent
 from mm.data.shards import Scanned, ShardChanged, ShardError
 from mm.data.sources.splits import colours_of
 from mm.media import BrokenMedia, Waveform
-from mm.sample import BrokenSample, MediaPart, Modality, Sample, Text
+from mm.sample import BrokenSample, MediaPart, Modality, Sample, Text, encodable, encodable_key
 from mm.terminal import Progress
 
 EXAMPLES = 20
@@ -159,7 +160,8 @@ class _Notes:
             return
         try:
             samples = [self.card.sample(scanned.record, choice) for choice in range(len(self.card.choices))]
-            items = [_surveyed(part) for part in samples[0].media]
+            with reading_a_record():
+                items = [_surveyed(part) for part in samples[0].media]
         except BrokenMedia as broken:
             self._refuse(scanned.key, f"broken media: {broken}")
         except BrokenSample as broken:
@@ -168,11 +170,12 @@ class _Notes:
             self._count(samples, items)
 
     def _refuse(self, key: str, reason: str) -> None:
+        reason = encodable(reason)
         kind = reason.partition(":")[0]
         self.broken[kind] += 1
         examples = self.examples.setdefault(kind, [])
         if len(examples) < EXAMPLES:
-            examples.append((key, reason))
+            examples.append((encodable_key(key), reason))
 
     def _count(self, samples: list[Sample], items: list[_Item]) -> None:
         number = len(self.keys)

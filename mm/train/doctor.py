@@ -29,11 +29,13 @@ from mm.data.cache import ShardCache
 from mm.data.card import Card, CardError
 from mm.data.guess import Field, Proposal, fields_of, propose
 from mm.data.labels import place_name
+from mm.data.mapping import reading_a_record
 from mm.data.parquet import ParquetShard
 from mm.data.shards import Place, Record, Scanned, Shard, is_remote, open_shard
+from mm.data.unread import unread_lines
 from mm.media import BrokenMedia, ImageFacts, SpeechFacts
 from mm.packing.fit import best_fit
-from mm.sample import BrokenSample, Sample, Text
+from mm.sample import BrokenSample, Sample, Text, encodable
 from mm.terminal import Progress, printable
 from mm.tokenizers.text import TextTokenizer, TokenizerOptions
 from mm.train.meter import datasheet_flops
@@ -114,6 +116,9 @@ class Look:
     bad: Counter[str] = field(default_factory=Counter)
     first_bad: dict[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.unread = self.card.unread_files()
+
     @property
     def seen(self) -> int:
         """Records that were read, bad ones too."""
@@ -125,6 +130,8 @@ class Look:
         yield self._fields_table()
         yield f"\nA card that reads them; fill in what is TODO, save it as {self.card.path.name} here:\n"
         yield self.card_yaml()
+        if self.unread is not None and (found := self.unread.found()):
+            yield "\n".join(["", "files that this card does not read:", *unread_lines(found), ""])
         if self.bad:
             yield self._bad_table()
         if self.lengths:
@@ -158,6 +165,8 @@ class Look:
         if self.share < 1:
             table.add_row("records in all", f"about {self._scaled(self.seen):,.0f}")
         table.add_row("bad records", f"{self.bad.total():,} ({self.bad.total() / max(self.seen, 1):.2%})")
+        if self.unread is not None and (number := self.unread.files.total()):
+            table.add_row("files not read", f"{number:,}, of kinds that are listed below")
         table.add_row("time", spoken(self.elapsed))
         return table
 
@@ -396,9 +405,12 @@ def _add(seen: Look, count: Callable[[Sample], int], shard: Shard, scanned: Scan
     """Counts a record: decodes its media, measures its text."""
     reason = scanned.error
     if scanned.record is not None:
+        if seen.unread is not None:
+            seen.unread.add(scanned.key, scanned.record.fields)
         try:
             sample = seen.card.sample(scanned.record)
-            items = [(media.facts(part), media.decode(part)) for part in sample.media]
+            with reading_a_record():
+                items = [(media.facts(part), media.decode(part)) for part in sample.media]
             text = count(sample)
         except BrokenMedia as broken:
             reason = f"broken media: {broken}"
@@ -407,7 +419,7 @@ def _add(seen: Look, count: Callable[[Sample], int], shard: Shard, scanned: Scan
         else:
             _measure(seen, text, [facts for facts, _ in items])
             return
-    kind, _, detail = (reason or "no record").partition(":")
+    kind, _, detail = encodable(reason or "no record").partition(":")
     seen.bad[kind] += 1
     name = place_name(shard.path, scanned.key)
     seen.first_bad.setdefault(kind, f"{name}, {printable(detail.strip(), 120)}" if detail else name)

@@ -76,6 +76,7 @@ class Page(RecordMapping):
     """
 
     choices = (1.0,)
+    names_files = True
 
     def __init__(
         self, texts: str, images: str, files: PictureFiles, at: str | None = None, drop: bool = False, join: str = ""

@@ -46,6 +46,8 @@ class RecordMapping(ABC):
     """
 
     choices: tuple[float, ...]
+    names_files = False
+    """Whether values of a record name files of it, so that no list of fields says which files are read."""
 
     @abstractmethod
     def parts(self, fields: Fields, choice: int) -> tuple[Part, ...]:
