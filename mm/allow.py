@@ -55,7 +55,7 @@ def allowed() -> list[str]:
     lines: list[str] = []
     file = allow_file()
     if file.is_file():
-        lines = [line.partition("#")[0] for line in file.read_text(encoding="utf-8").splitlines()]
+        lines = [line.partition("#")[0] for line in file.read_text(encoding="utf-8", errors="replace").splitlines()]
     return [*_from_variable(), *_names(",".join(lines), str(file))]
 
 
@@ -136,16 +136,16 @@ def _find(path: str) -> tuple[ModuleSpec | None, bool]:
 def _places(spec: ModuleSpec) -> list[Path]:
     """Files and folders that a module is loaded from; a namespace may have many, a part of the interpreter none."""
     places = [spec.origin] if spec.has_location and spec.origin else spec.submodule_search_locations or ()
-    return [Path(place).resolve() for place in places]
+    return [Path(os.path.abspath(place)) for place in places]  # noqa: PTH100  (links are not followed)
 
 
 def _is_installed(spec: ModuleSpec) -> bool:
     top = spec.name.partition(".")[0]
     places = _places(spec)
-    if top == SUITE:
-        return all(place.is_relative_to(Path(__file__).resolve().parent) for place in places)
-    folders = [*_site_folders(), *_projects(top)]
-    return all(any(place.is_relative_to(folder) for folder in folders) for place in places)
+    folders = [Path(__file__).parent] if top == SUITE else [*_site_folders(), *_projects(top)]
+    known = [form for folder in folders for form in (folder.absolute(), folder.resolve())]
+    # Where a module is linked to is of no account: installers may link packages into place.
+    return all(any(place.is_relative_to(folder) for folder in known) for place in places)
 
 
 @functools.cache
@@ -155,7 +155,7 @@ def _site_folders() -> tuple[Path, ...]:
     folders += site.getsitepackages()
     if site.ENABLE_USER_SITE:
         folders.append(site.getusersitepackages())
-    return tuple(dict.fromkeys(Path(folder).resolve() for folder in folders))
+    return tuple(dict.fromkeys(map(Path, folders)))
 
 
 @functools.cache
@@ -166,7 +166,7 @@ def _projects(top: str) -> tuple[Path, ...]:
         origin = json.loads(distribution.read_text("direct_url.json") or "{}")
         declared = distribution.read_text("top_level.txt") or re.sub(r"[-.]+", "_", distribution.name)
         if origin.get("dir_info", {}).get("editable") and top in declared.split():
-            found.append(Path(url2pathname(urlsplit(origin["url"]).path)).resolve())
+            found.append(Path(url2pathname(urlsplit(origin["url"]).path)))
     return tuple(found)
 
 

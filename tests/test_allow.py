@@ -181,6 +181,12 @@ def test_a_folder_that_joins_the_name_of_an_installed_package_is_refused(folder:
     assert f"it lies in {folder}/work/own_space and {packages}" in imported(python, "own_space", folder / "work")
 
 
+def test_a_package_that_an_installer_linked_into_place_is_installed(folder: Path) -> None:
+    python, packages = installed(folder)
+    (packages / "own_linked").symlink_to(folder / "own_package")
+    assert imported(python, "own_linked") == str(packages / "own_linked" / "__init__.py")
+
+
 @pytest.mark.parametrize("names", ["own_towers\n", None], ids=["by name", "by the distribution's name"])
 def test_an_editable_package_is_installed_if_its_distribution_declares_it(folder: Path, names: str | None) -> None:
     python, packages = installed(folder)

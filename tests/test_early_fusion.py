@@ -161,7 +161,7 @@ def test_packed_documents_hold_begin_codes_and_end_where_their_items_stand(
 
 def test_text_around_an_item_stands_around_its_codes(tokenizer_folder: Path, processor: Processor) -> None:
     text = TextTokenizer.load(str(tokenizer_folder))
-    *arguments, _ = text.__reduce__()[1]
+    *arguments, _, _ = text.__reduce__()[1]
     around = TextTokenizer(*arguments, around={"image": Around("(", ")")})  # type: ignore[misc]
     document = Processor(around, processor.entrances).document(Sample("", "", (Codes(Modality.IMAGE, (5,)),)))
     (before,), (after,) = around.encode("("), around.encode(")")

@@ -13,8 +13,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mm.configure import RecipeError
+from mm.packing.plan import PlanChanged
 from mm.sample import Sample, Text
+from mm.tokenizers import text as of_text
 from mm.tokenizers.text import TextTokenizer, TokenizerOptions
+from tests.small_world import train_here
 
 BYTES = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
 TEMPLATE = (
@@ -198,3 +201,14 @@ def test_user_defined_tokens_of_a_gguf_file_are_control_words(tmp_path: Path, pr
         assert not {*tokenizer.encode(text)} & set(range(len(BYTES) + 2, len(names)))
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.encode("th")[0] == names.index("th")
+
+
+def test_a_plan_of_the_rules_before_is_refused_with_a_sentence(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = (f"run={tmp_path / 'run'}", "steps=1")
+    with monkeypatch.context() as before:
+        before.setattr(of_text, "RULES", 1)
+        train_here(recipe, *changes)
+    with pytest.raises(PlanChanged, match=r"pages\.fingerprint"):
+        train_here(recipe, *changes, "steps=2")

@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from mm.gguf import open_gguf
 
 _CONTROL, _USER_DEFINED = 3, 4
-"""Values of ``tokenizer.ggml.token_type``: special tokens, and added ones that plain text may spell."""
+"""Values of ``tokenizer.ggml.token_type``: special tokens, and added ones that are not special."""
 
 _BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 _GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
