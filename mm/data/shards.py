@@ -53,7 +53,7 @@ Place = tuple[int, int]
 
 FORMATS = ("webdataset", "parquet", "jsonl")
 MAX_RECORD = 1024**3
-"""Most bytes of a record that is read into memory: of all its members in a tar together, of a row in a parquet file."""
+"""Most bytes of a record of a tar: all its members together."""
 EMPTY = "empty shard: the file has 0 bytes"
 
 

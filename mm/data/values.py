@@ -8,8 +8,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mm.data.shards import MAX_RECORD
-
+MAX_ROW = 512 * 1024**2
+"""Most bytes that the values of a row may take."""
 AT_ONCE = 64 * 1024**2
 """Bytes of values up to which a batch is converted at once, not row by row."""
 
@@ -50,8 +50,8 @@ def row_of(batch: pa.RecordBatch, number: int) -> dict[str, Any]:
     """
     row = batch.slice(number, 1)
     size = value_bytes(row)
-    if size > MAX_RECORD:
-        raise BadRow(f"record too large: its row takes {size} bytes, the limit is {MAX_RECORD}")
+    if size > MAX_ROW:
+        raise BadRow(f"record too large: its row takes {size} bytes, the limit is {MAX_ROW}")
     values: dict[str, Any] = {}
     for name, column in zip(batch.schema.names, row.columns, strict=True):
         try:
@@ -78,18 +78,17 @@ def _bytes(array: pa.Array) -> int:
         return objects + (pc.call_function("sum", [lengths]).as_py() or 0)
     if pa.types.is_struct(kind):
         return objects + sum(map(_bytes, array.flatten()))
+    if pa.types.is_map(kind):
+        first, last = array.offsets[0].as_py(), array.offsets[-1].as_py()
+        return objects + _bytes(array.keys.slice(first, last - first)) + _bytes(array.items.slice(first, last - first))
     if pa.types.is_nested(kind):
         return objects + _bytes(array.flatten())
     return objects + array.nbytes
 
 
 def _lengths(dictionary: pa.Array) -> pa.Array:
-    """(entries,) int64 bytes of each entry."""
-    if pa.types.is_fixed_size_binary(dictionary.type) or not _is_binary(dictionary.type):
-        return pa.array([dictionary.type.bit_width // 8] * len(dictionary), pa.int64())
-    return pc.call_function("binary_length", [dictionary]).cast(pa.int64())
-
-
-def _is_binary(kind: pa.DataType) -> bool:
-    tests = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_string, pa.types.is_large_string)
-    return any(test(kind) for test in tests)
+    """(entries,) int64 bytes of each entry; of numbers the mean."""
+    binary = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_string, pa.types.is_large_string)
+    if any(test(dictionary.type) for test in binary):
+        return pc.call_function("binary_length", [dictionary]).cast(pa.int64())
+    return pa.array([dictionary.nbytes // max(len(dictionary), 1)] * len(dictionary), pa.int64())
