@@ -429,7 +429,7 @@ def index(
     from mm.data.index import index_card
 
     rows = index_card(load_card(card, cache, cache_folder), split, folder.expanduser(), processes)
-    console.print(paragraph(rows.summary(), indent="  "), soft_wrap=True)
+    console.print(paragraph(rows.summary()), soft_wrap=True)
 
 
 @data_app.command("build")
