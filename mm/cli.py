@@ -433,7 +433,7 @@ def index(
 
     with in_sentences("mm index", folder.expanduser(), "Use fewer --processes, or smaller shards"):
         rows = index_card(load_card(card, cache, cache_folder), split, folder.expanduser(), processes)
-    console.print(paragraph(rows.summary(), indent="  "), soft_wrap=True)
+    console.print(paragraph(rows.summary()), soft_wrap=True)
 
 
 @data_app.command("build")
