@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.elsewhere import ROOT, SETTINGS, Result, busy_cores, duplicates, read_report, table
 from tests.processes import session, wait_until
@@ -93,3 +94,8 @@ def test_the_table_has_a_line_for_every_setting() -> None:
 def test_every_setting_changes_one_thing(name: str) -> None:
     setting = SETTINGS[name]
     assert len(setting.environment) + setting.busy == (name != "plain")
+
+
+def test_an_example_may_take_as_long_as_the_machine_needs() -> None:
+    assert settings().deadline is None
+    assert HealthCheck.too_slow in settings().suppress_health_check
