@@ -17,6 +17,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import math
 import re
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -40,6 +41,8 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from mm.bounds import FINITE, WHOLE, Between
+
 T = TypeVar("T")
 
 Component = Annotated[dict[str, Any], "component"]
@@ -48,6 +51,9 @@ Component = Annotated[dict[str, Any], "component"]
 PRESET_FOLDERS = ("encoders", "tokenizers", "packing", "train")
 SIZE_LIMIT = 1 << 20
 """Largest YAML file that is read, in bytes."""
+
+LONGEST_SHOWN = 200
+"""Characters of a value in a message."""
 
 
 class RecipeError(ValueError):
@@ -344,7 +350,10 @@ def _converted(node: yaml.Node, loader: _Loader, file: Path | None, seen: set[in
     if isinstance(node, yaml.SequenceNode):
         return _Node([_converted(item, loader, file, seen) for item in node.value], file, line)
     if not isinstance(node, yaml.MappingNode):
-        return _Node(loader.construct_object(node), file, line)
+        try:
+            return _Node(loader.construct_object(node), file, line)
+        except ValueError:  # Python reads no whole number of more than some thousand digits
+            _Node(None, file, line).fail(f"a number of {len(node.value):,} digits; expected one that fits in 64 bits.")
     entries: dict[str, _Node] = {}
     for name, child in node.value:
         key = loader.construct_object(name)
@@ -546,7 +555,9 @@ class _Place(NamedTuple):
         return f"{where}`{'.'.join(self.keys)}`" if self.keys else f"{where}recipe"
 
     def expected(self, what: str, value: Any) -> RecipeError:
-        return RecipeError(f"{self.label} is {value!r}; expected {what}.")
+        shown = repr(value)
+        shown = shown if len(shown) <= LONGEST_SHOWN else f"{shown[:LONGEST_SHOWN]}…"
+        return RecipeError(f"{self.label} is {shown}; expected {what}.")
 
 
 def _typed(hint: Any, value: Any, place: _Place) -> Any:
@@ -555,7 +566,7 @@ def _typed(hint: Any, value: Any, place: _Place) -> Any:
         raise RecipeError(f"{place.label} has no value yet (???); expected {_described(hint)}.")
     origin = get_origin(hint) or hint
     if origin is Annotated:
-        return _component(value, place) if hint == Component else _typed(get_args(hint)[0], value, place)
+        return _component(value, place) if hint == Component else _annotated(hint, value, place)
     if origin in (Union, types.UnionType):
         return _union(hint, value, place)
     if origin is Literal:
@@ -593,6 +604,22 @@ def _instance(schema: Any, value: Any, place: _Place) -> Any:
         raise RecipeError(f"{place.label}: {error}") from error
 
 
+def _annotated(hint: Any, value: Any, place: _Place) -> Any:
+    """A number within the bounds of its annotation."""
+    kind, *annotations = get_args(hint)
+    bounds = next((one for one in annotations if isinstance(one, Between)), None)
+    if bounds is None or kind not in (int, float):
+        return _typed(kind, value, place)
+    return _within(bounds, kind, value, place)
+
+
+def _within(bounds: Between, hint: Any, value: Any, place: _Place) -> Any:
+    number = (_whole_number if hint is int else _number)(hint, value, place)
+    if not bounds.admits(number):
+        raise place.expected(f"{_described(hint)} {bounds}", value)
+    return number
+
+
 def _component(value: Any, place: _Place) -> dict[str, Any]:
     if not isinstance(value, dict) or not isinstance(value.get("_target_"), str):
         raise place.expected(_described(Component), value)
@@ -626,7 +653,10 @@ def _number(hint: Any, value: Any, place: _Place) -> float:
         value = float(value.replace("_", ""))
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise place.expected(_described(hint), value)
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def _whole_number(hint: Any, value: Any, place: _Place) -> int:
@@ -677,8 +707,8 @@ def _dict(hint: Any, value: Any, place: _Place) -> dict[str, Any]:
 _CONVERTERS: dict[Any, Callable[[Any, Any, _Place], Any]] = {
     Any: lambda hint, value, place: value,
     bool: _boolean,
-    int: _whole_number,
-    float: _number,
+    int: lambda hint, value, place: _within(WHOLE, hint, value, place),
+    float: lambda hint, value, place: _within(FINITE, hint, value, place),
     str: _text,
     Path: _path,
     list: _list,
@@ -705,7 +735,8 @@ def _described(hint: Any) -> str:
     if hint == Component:
         return "a mapping with `_target_`, the path of a class"
     if origin is Annotated:
-        return _described(arguments[0])
+        bounds = "".join(f" {one}" for one in arguments[1:] if isinstance(one, Between))
+        return f"{_described(arguments[0])}{bounds}"
     if origin in (Union, types.UnionType):
         return " or ".join(_described(member) for member in arguments)
     if origin is Literal:

@@ -20,6 +20,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mm.bounds import Share, Vocabulary, Width
+
 RESTARTS = 256
 """Codes that are restarted in a step at most: as many latents travel between processes."""
 
@@ -134,10 +136,10 @@ class VectorQuantiser(Quantiser):
     def __init__(
         self,
         *,
-        codes: int,
-        width: int = 16,
+        codes: Vocabulary,
+        width: Width = 16,
         distance: Literal["cosine", "euclidean"] = "cosine",
-        decay: float = 0.99,
+        decay: Share = 0.99,
         restart_below: float = 0.05,
         gradient: Literal["straight_through", "rotation_trick"] = "straight_through",
     ) -> None:
