@@ -526,7 +526,8 @@ def _shares(
     if budget / mean > MOST_SAMPLES:
         raise PlanError(
             f"packing.window × packing.capacity is {budget:,} tokens, about {budget / mean:,.0f} samples of "
-            f"{mean:,.0f} tokens; a window is planned in memory and holds at most {MOST_SAMPLES:,} samples. Lower one of them"
+            f"{mean:,.0f} tokens; a window is planned in memory and holds at most {MOST_SAMPLES:,} samples. "
+            "Lower one of them"
         )
     if streams[0].in_samples:
         budget = max(1, round(budget / mean))
