@@ -6,6 +6,7 @@ if not __package__:
     raise SystemExit("Run `mm …` or `python -m mm …`: run as a file, mm/tokenizers would hide the library tokenizers.")
 
 import functools
+import math
 import os
 import traceback
 from collections.abc import Callable
@@ -39,6 +40,17 @@ checkpoint_app = typer.Typer(no_args_is_help=True, help="Checkpoints of a run: l
 app.add_typer(checkpoint_app, name="checkpoint")
 data_app = typer.Typer(no_args_is_help=True, help="Shards and cards: build, look at samples.")
 app.add_typer(data_app, name="data")
+
+
+MANY = 1_000_000
+"""The largest number of things that are looked at or held one by one."""
+
+
+def finite(value: float) -> float:
+    """The value of an option unless it is not a number, which the bounds of an option let through."""
+    if not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number.")
+    return value
 
 
 @app.callback()
@@ -189,9 +201,9 @@ def plan(recipe: RecipePath, overrides: Overrides = None) -> None:
 def estimate(
     recipe: RecipePath,
     overrides: Overrides = None,
-    gpus: Annotated[int, typer.Option(help="how many")] = 8,
+    gpus: Annotated[int, typer.Option(help="how many", min=1, max=MANY)] = 8,
     gpu: Annotated[str, typer.Option(help="rtx-4090, a100-40g, a100-80g, h100 or h200")] = "a100-80g",
-    mfu: Annotated[float, typer.Option(help="share of the data sheet's FLOP/s to expect")] = 0.4,
+    mfu: Annotated[float, typer.Option(help="share of the data sheet's FLOP/s to expect", callback=finite)] = 0.4,
 ) -> None:
     """Show whether a recipe fits on some GPUs, what takes memory, the time of a step, what to change. Needs no GPU."""
     from mm.train.estimate import gpu_named, report
@@ -204,9 +216,9 @@ def estimate(
 @app.command()
 def inspect(
     recipe: Annotated[Path, typer.Argument(help="a recipe or a run folder")],
-    step: Annotated[int, typer.Option(help="global batch, from 0")] = 0,
+    step: Annotated[int, typer.Option(help="global batch, from 0", min=0, max=10**9)] = 0,
     out: Annotated[Path, typer.Option(help="the page to write")] = Path("packs.html"),
-    packs: Annotated[int, typer.Option(help="packs to show")] = 8,
+    packs: Annotated[int, typer.Option(help="packs to show", min=1, max=MANY)] = 8,
 ) -> None:
     """Write a page that shows the packs of a step as the model sees them."""
     from mm.report.packs import inspect_page
@@ -221,12 +233,14 @@ def inspect(
 @app.command()
 def doctor(
     shards: Annotated[list[str], typer.Argument(help="paths, globs, {0000..0099} ranges or URLs of shards")],
-    capacity: Annotated[int, typer.Option(help="tokens of a pack")] = 4096,
+    capacity: Annotated[int, typer.Option(help="tokens of a pack", min=1, max=2**24)] = 4096,
     tokenizer: Annotated[str | None, typer.Option(help="preset, folder or hub name; else characters / 4")] = None,
-    image_tokens: Annotated[int, typer.Option(help="tokens a picture")] = 256,
-    parameters: Annotated[float, typer.Option(help="of the model, for the GPU hours")] = 2e9,
-    seconds: Annotated[float, typer.Option(help="how long to look")] = 60.0,
-    samples: Annotated[int, typer.Option(help="how many samples to look at, at most")] = 10_000,
+    image_tokens: Annotated[int, typer.Option(help="tokens a picture", min=0, max=MANY)] = 256,
+    parameters: Annotated[
+        float, typer.Option(help="of the model, for the GPU hours", min=1, max=1e15, callback=finite)
+    ] = 2e9,
+    seconds: Annotated[float, typer.Option(help="how long to look", min=0, max=1e6, callback=finite)] = 60.0,
+    samples: Annotated[int, typer.Option(help="how many samples to look at, at most", min=1, max=10**9)] = 10_000,
     cache: CacheLimit = None,
     cache_folder: CacheFolder = CACHE_FOLDER,
 ) -> None:
@@ -292,7 +306,7 @@ def verify_checkpoint(path: Checkpoint) -> None:
 def average_checkpoints(
     run: Annotated[Path, typer.Argument(help="a run folder")],
     out: ExportFolder,
-    last: Annotated[int, typer.Option(help="how many of the newest checkpoints")] = 5,
+    last: Annotated[int, typer.Option(help="how many of the newest checkpoints", min=1, max=MANY)] = 5,
 ) -> None:
     """Export the mean of the weights of a run's last checkpoints."""
     from mm.train.export import export_mean
@@ -315,7 +329,8 @@ def report(
     run: Run,
     out: Annotated[Path, typer.Argument(help="the page to write")] = Path("report.html"),
     samples: Annotated[
-        int, typer.Option(help="held-out pictures that the model describes, and whose captions it draws")
+        int,
+        typer.Option(help="held-out pictures that the model describes, and whose captions it draws", min=0, max=MANY),
     ] = 0,
     device: Device = "auto",
 ) -> None:
@@ -340,7 +355,9 @@ def evaluate(
     run: Run,
     suite: Annotated[Path, typer.Argument(help="an MMBench-style TSV")],
     out: Annotated[Path | None, typer.Option(help="folder for results.json and answers.jsonl; RUN/eval/SUITE")] = None,
-    generate: Annotated[int, typer.Option(help="questions to answer also in words, under every rotation")] = 200,
+    generate: Annotated[
+        int, typer.Option(help="questions to answer also in words, under every rotation", min=0, max=10**9)
+    ] = 200,
     device: Device = "auto",
 ) -> None:
     """Score a model on a multiple-choice suite, by likelihood and in words, with its controls."""
@@ -369,15 +386,30 @@ def generate(
     run: Run,
     prompt: Annotated[str, typer.Option(help="what to ask or to draw; without it the picture is described")] = "",
     image: Annotated[Path | None, typer.Option(help="a picture file")] = None,
-    max_tokens: Annotated[int, typer.Option(help="length of the answer at most")] = 64,
-    pictures: Annotated[int, typer.Option(help="draw so many pictures of the prompt, where pictures are codes")] = 0,
+    max_tokens: Annotated[int, typer.Option(help="length of the answer at most", min=1, max=MANY)] = 64,
+    pictures: Annotated[
+        int, typer.Option(help="draw so many pictures of the prompt, where pictures are codes", min=0, max=MANY)
+    ] = 0,
     out: Annotated[Path, typer.Option(help="folder for the pictures and a sheet of them")] = Path("pictures"),
-    guidance: Annotated[float, typer.Option(help="how closely pictures follow the prompt; 1 is as in training")] = 3.0,
-    temperature: Annotated[float, typer.Option(help="of the codes; 0 takes the most probable ones")] = 1.0,
-    top_k: Annotated[int | None, typer.Option(help="draw from so many of the most probable codes")] = None,
-    top_p: Annotated[float, typer.Option(help="draw from the most probable codes up to this sum")] = 1.0,
-    seed: Annotated[int, typer.Option(help="of the draws")] = 0,
-    size: Annotated[int, typer.Option(help="pixels a side, where the tokenizer takes several sizes")] = 256,
+    guidance: Annotated[
+        float,
+        typer.Option(
+            help="how closely pictures follow the prompt; 1 is as in training", min=0, max=1000, callback=finite
+        ),
+    ] = 3.0,
+    temperature: Annotated[
+        float, typer.Option(help="of the codes; 0 takes the most probable ones", min=0, max=1000, callback=finite)
+    ] = 1.0,
+    top_k: Annotated[
+        int | None, typer.Option(help="draw from so many of the most probable codes", min=1, max=10**9)
+    ] = None,
+    top_p: Annotated[
+        float, typer.Option(help="draw from the most probable codes up to this sum", min=0, max=1, callback=finite)
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="of the draws", min=0, max=2**63 - 1)] = 0,
+    size: Annotated[
+        int, typer.Option(help="pixels a side, where the tokenizer takes several sizes", min=1, max=2**16)
+    ] = 256,
     device: Device = "auto",
 ) -> None:
     """Answer a question about a picture, describe it, or draw pictures of a prompt."""
@@ -424,7 +456,7 @@ def index(
     card: Annotated[Path, typer.Argument(help="a data card, such as data_cards/demo/card.yaml")],
     split: Annotated[str, typer.Option(help="split of the card")] = "train",
     folder: Annotated[Path, typer.Option(help="where indexes are kept")] = Path("~/.cache/mm/index"),
-    processes: Annotated[int, typer.Option(help="how many work in parallel; 0 is this one")] = 0,
+    processes: Annotated[int, typer.Option(help="how many work in parallel; 0 is this one", min=0, max=1024)] = 0,
     cache: CacheLimit = None,
     cache_folder: CacheFolder = CACHE_FOLDER,
 ) -> None:
@@ -468,8 +500,8 @@ def tokenize_data(
     split: Annotated[str, typer.Option(help="split of the card")] = "train",
     folder: Annotated[Path, typer.Option(help="where indexes and columns are kept")] = Path("~/.cache/mm/index"),
     device: Device = "auto",
-    batch: Annotated[int, typer.Option(help="samples that are looked at together")] = 32,
-    processes: Annotated[int, typer.Option(help="how many work in parallel; 0 is this one")] = 0,
+    batch: Annotated[int, typer.Option(help="samples that are looked at together", min=1, max=MANY)] = 32,
+    processes: Annotated[int, typer.Option(help="how many work in parallel; 0 is this one", min=0, max=1024)] = 0,
     cache: CacheLimit = None,
     cache_folder: CacheFolder = CACHE_FOLDER,
 ) -> None:
@@ -499,8 +531,8 @@ def score_data(
     split: Annotated[str, typer.Option(help="split of the card")] = "train",
     folder: Annotated[Path, typer.Option(help="where indexes and columns are kept")] = Path("~/.cache/mm/index"),
     device: Device = "auto",
-    batch: Annotated[int, typer.Option(help="samples that are looked at together")] = 32,
-    processes: Annotated[int, typer.Option(help="how many score in parallel; 0 is this one")] = 0,
+    batch: Annotated[int, typer.Option(help="samples that are looked at together", min=1, max=MANY)] = 32,
+    processes: Annotated[int, typer.Option(help="how many score in parallel; 0 is this one", min=0, max=1024)] = 0,
     cache: CacheLimit = None,
     cache_folder: CacheFolder = CACHE_FOLDER,
 ) -> None:
@@ -526,9 +558,9 @@ def score_data(
 def train_tokenizer(
     cards: Annotated[list[Path], typer.Argument(help="data cards whose train splits hold the texts")],
     out: Annotated[Path, typer.Option(help="folder for tokenizer.json; the `tokenizer.path` of a recipe")],
-    size: Annotated[int, typer.Option(help="number of ids, 257 or more")] = 1024,
+    size: Annotated[int, typer.Option(help="number of ids, 257 or more", min=257, max=2**24)] = 1024,
     characters: Annotated[
-        int, typer.Option(help="of each card at most, so that none outweighs the others")
+        int, typer.Option(help="of each card at most, so that none outweighs the others", min=1, max=10**12)
     ] = 4_000_000,
 ) -> None:
     """Train a small byte-level BPE on the texts of some cards."""
@@ -545,7 +577,7 @@ def train_tokenizer(
 @data_app.command("show")
 def show_sample(
     card: Annotated[Path, typer.Argument(help="a data card")],
-    row: Annotated[int, typer.Argument(help="row of the split, from 0")],
+    row: Annotated[int, typer.Argument(help="row of the split, from 0", min=0, max=10**12)],
     split: Annotated[str, typer.Option(help="split of the card")] = "train",
     folder: Annotated[Path, typer.Option(help="where indexes are kept")] = Path("~/.cache/mm/index"),
     save: Annotated[Path | None, typer.Option(help="folder to write the sample's media files to")] = None,
@@ -580,8 +612,12 @@ def check_data(
     card: Annotated[Path, typer.Argument(help="a data card")],
     split: Annotated[str | None, typer.Option(help="one split only; without it all, and what they share")] = None,
     write: Annotated[bool, typer.Option("--write", help="put the measured statistics into the card's file")] = False,
-    processes: Annotated[int | None, typer.Option(help="how many work in parallel; all cores, at most 16")] = None,
-    near: Annotated[int, typer.Option(help="bits of 64 by which pictures that resemble each other differ")] = 8,
+    processes: Annotated[
+        int | None, typer.Option(help="how many work in parallel; all cores, at most 16", min=0, max=1024)
+    ] = None,
+    near: Annotated[
+        int, typer.Option(help="bits of 64 by which pictures that resemble each other differ", min=0, max=64)
+    ] = 8,
     cache: CacheLimit = None,
     cache_folder: CacheFolder = CACHE_FOLDER,
 ) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 import re
 import sys
 import types
@@ -41,6 +42,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mm.allow import AllowError, import_allowed
+from mm.bounds import FINITE, WHOLE, Between
 
 T = TypeVar("T")
 
@@ -50,6 +52,9 @@ Component = Annotated[dict[str, Any], "component"]
 PRESET_FOLDERS = ("encoders", "tokenizers", "packing", "train")
 SIZE_LIMIT = 1 << 20
 """Largest YAML file that is read, in bytes."""
+
+LONGEST_SHOWN = 200
+"""Characters of a value in a message."""
 
 
 class RecipeError(ValueError):
@@ -599,7 +604,9 @@ class _Place(NamedTuple):
         return f"{where}`{'.'.join(self.keys)}`" if self.keys else f"{where}recipe"
 
     def expected(self, what: str, value: Any) -> RecipeError:
-        return RecipeError(f"{self.label} is {value!r}; expected {what}.")
+        shown = repr(value)
+        shown = shown if len(shown) <= LONGEST_SHOWN else f"{shown[:LONGEST_SHOWN]}…"
+        return RecipeError(f"{self.label} is {shown}; expected {what}.")
 
 
 def _typed(hint: Any, value: Any, place: _Place) -> Any:
@@ -608,7 +615,7 @@ def _typed(hint: Any, value: Any, place: _Place) -> Any:
         raise RecipeError(f"{place.label} has no value yet (???); expected {_described(hint)}.")
     origin = get_origin(hint) or hint
     if origin is Annotated:
-        return _component(value, place) if hint == Component else _typed(get_args(hint)[0], value, place)
+        return _component(value, place) if hint == Component else _annotated(hint, value, place)
     if origin in (Union, types.UnionType):
         return _union(hint, value, place)
     if origin is Literal:
@@ -646,6 +653,22 @@ def _instance(schema: Any, value: Any, place: _Place) -> Any:
         raise RecipeError(f"{place.label}: {error}") from error
 
 
+def _annotated(hint: Any, value: Any, place: _Place) -> Any:
+    """A number within the bounds of its annotation."""
+    kind, *annotations = get_args(hint)
+    bounds = next((one for one in annotations if isinstance(one, Between)), None)
+    if bounds is None or kind not in (int, float):
+        return _typed(kind, value, place)
+    return _within(bounds, kind, value, place)
+
+
+def _within(bounds: Between, hint: Any, value: Any, place: _Place) -> Any:
+    number = (_whole_number if hint is int else _number)(hint, value, place)
+    if not bounds.admits(number):
+        raise place.expected(f"{_described(hint)} {bounds}", value)
+    return number
+
+
 def _component(value: Any, place: _Place) -> dict[str, Any]:
     if not isinstance(value, dict) or not isinstance(value.get("_target_"), str):
         raise place.expected(_described(Component), value)
@@ -679,7 +702,10 @@ def _number(hint: Any, value: Any, place: _Place) -> float:
         value = float(value.replace("_", ""))
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise place.expected(_described(hint), value)
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def _whole_number(hint: Any, value: Any, place: _Place) -> int:
@@ -730,8 +756,8 @@ def _dict(hint: Any, value: Any, place: _Place) -> dict[str, Any]:
 _CONVERTERS: dict[Any, Callable[[Any, Any, _Place], Any]] = {
     Any: lambda hint, value, place: value,
     bool: _boolean,
-    int: _whole_number,
-    float: _number,
+    int: lambda hint, value, place: _within(WHOLE, hint, value, place),
+    float: lambda hint, value, place: _within(FINITE, hint, value, place),
     str: _text,
     Path: _path,
     list: _list,
@@ -758,7 +784,8 @@ def _described(hint: Any) -> str:
     if hint == Component:
         return "a mapping with `_target_`, the path of a class"
     if origin is Annotated:
-        return _described(arguments[0])
+        bounds = "".join(f" {one}" for one in arguments[1:] if isinstance(one, Between))
+        return f"{_described(arguments[0])}{bounds}"
     if origin in (Union, types.UnionType):
         return " or ".join(_described(member) for member in arguments)
     if origin is Literal:

@@ -162,7 +162,7 @@ def test_plan_and_inspect_show_every_stage(staged: Path, tmp_path: Path) -> None
     assert len(list(preview(recipe))) == 2 * 4
     data, step = planned_at(recipe, 4)
     assert (data.plan.options.capacity, step) == (160, 1)
-    with pytest.raises(IndexError, match="ends after 6 steps"):
+    with pytest.raises(RecipeError, match="ends after 6 steps"):
         planned_at(recipe, 6)
 
 

@@ -129,7 +129,7 @@ def test_modalities_and_sources_have_a_factor_each() -> None:
 @pytest.mark.parametrize(
     ("factor", "options", "message"),
     [
-        (Scale, {"weight": -1}, "weight is -1; expected a number from 0 on"),
+        (Scale, {"weight": -1}, "weight is -1; expected a number from 0 to 1,000,000"),
         (Prior, {"alpha": math.inf}, "alpha is inf"),
         (Keep, {"share": 0}, "above 0 and up to 1"),
         (Modalities, {"weights": {"pictures": 1}}, "expected text, image, speech, point"),

@@ -80,7 +80,7 @@ def parse_bytes(text: str) -> int:
     Raises:
         ValueError: not such a text, or 0.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([A-Za-z]*)", text.strip())
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?) *([A-Za-z]*)", text.strip())
     unit = (match[2] or "B") if match else ""
     if match is None or unit not in _UNITS or not float(match[1]):
         raise ValueError(f"{text!r} is no number of bytes; write one such as 100GB, with a unit of {', '.join(_UNITS)}")

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mm.bounds import Few, Width
 from mm.encoders.base import Adapter, Grid
 
 
@@ -58,7 +59,7 @@ class GridAdapter(Adapter):
     """
 
     def __init__(
-        self, features: int, width: int, *, hidden: int | None = None, layers: int = 2, norm: bool = False
+        self, features: int, width: int, *, hidden: Width | None = None, layers: Few = 2, norm: bool = False
     ) -> None:
         super().__init__()
         self.feed_forward = FeedForward(features, width, hidden, layers, norm)
@@ -125,9 +126,9 @@ class AveragePool(GridAdapter):
         features: int,
         width: int,
         *,
-        tokens: int | Sequence[int],
-        hidden: int | None = None,
-        layers: int = 2,
+        tokens: Width | Sequence[int],
+        hidden: Width | None = None,
+        layers: Few = 2,
         norm: bool = False,
     ) -> None:
         super().__init__(features, width, hidden=hidden, layers=layers, norm=norm)
@@ -169,10 +170,10 @@ class PixelShuffle(GridAdapter):
         features: int,
         width: int,
         *,
-        factor: int = 2,
-        axes: int = 2,
-        hidden: int | None = None,
-        layers: int = 2,
+        factor: Few = 2,
+        axes: Few = 2,
+        hidden: Width | None = None,
+        layers: Few = 2,
         norm: bool = False,
     ) -> None:
         if factor < 1:
@@ -210,7 +211,7 @@ class ConvSubsample(Adapter):
 
     KERNEL = 5
 
-    def __init__(self, features: int, width: int, *, convolutions: int = 3, bottleneck: int = 512) -> None:
+    def __init__(self, features: int, width: int, *, convolutions: Few = 3, bottleneck: Width = 512) -> None:
         super().__init__()
         if convolutions < 1:
             raise ValueError(f"convolutions: {convolutions} must be at least 1")

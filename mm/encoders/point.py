@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mm.bounds import Few, Width
 from mm.encoders.base import Encoder, Grid, Transform
 from mm.encoders.shapes import trace
 from mm.media import PointFacts
@@ -99,13 +100,13 @@ class PointGroupEncoder(Encoder):
     def __init__(
         self,
         *,
-        points: int = 1024,
-        groups: int = 64,
-        neighbours: int = 32,
+        points: Width = 1024,
+        groups: Width = 64,
+        neighbours: Width = 32,
         channels: Literal[3, 6] = 3,
-        depth: int = 12,
-        width: int = 384,
-        heads: int = 6,
+        depth: Few = 12,
+        width: Width = 384,
+        heads: Width = 6,
     ) -> None:
         from timm.models.vision_transformer import Block
 

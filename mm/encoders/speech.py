@@ -21,6 +21,7 @@ import torch.nn.functional as F
 import torchaudio
 from torch import Tensor, nn
 
+from mm.bounds import Few, Width
 from mm.encoders.base import Encoder, Grid, Transform
 from mm.layers.precision import wide_dtype
 from mm.media import BrokenMedia, SpeechFacts, Waveform
@@ -116,10 +117,10 @@ class WhisperEncoder(Encoder):
         name_or_folder: str | None = None,
         *,
         pretrained: bool = True,
-        width: int | None = None,
-        depth: int | None = None,
-        heads: int | None = None,
-        mels: int | None = None,
+        width: Width | None = None,
+        depth: Few | None = None,
+        heads: Width | None = None,
+        mels: Few | None = None,
         pad_to_30s: bool = True,
     ) -> None:
         from transformers import AutoConfig, WhisperConfig, WhisperModel

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mm.bounds import Count, Few, Share, Vocabulary, Width
 from mm.layers.attention import attend
 from mm.layers.context import Context
 from mm.layers.layout import Layout
@@ -57,23 +58,23 @@ class DecoderConfig:
     depth: layers that are computed for a part of the tokens
     """
 
-    vocabulary: int
-    width: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    ffn: int
-    context: int = 2048
+    vocabulary: Vocabulary
+    width: Width
+    layers: Few
+    heads: Width
+    kv_heads: Width
+    head_dim: Width
+    ffn: Width
+    context: Count = 2048
     rope: Rope = field(default_factory=Rope)
-    norm_eps: float = 1e-5
+    norm_eps: Share = 1e-5
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: QKNorm = "none"
     norm: Literal["pre", "post"] = "pre"
     media_attention: Literal["causal", "bidirectional"] = "causal"
-    dropout: float = 0.0
+    dropout: Share = 0.0
     tied: bool = True
     experts: Experts | None = None
     untied: tuple[Literal["attention", "norms"], ...] = ()

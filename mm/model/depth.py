@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from mm.bounds import Few, Share
 from mm.layers.layout import Layout
 from mm.model.experts import AuxiliaryRouter, scores, taken
 from mm.model.stream import Stream
@@ -29,8 +30,8 @@ class Depth:
     auxiliary: with auxiliary routers, which decide token by token
     """
 
-    capacity: float = 0.25
-    every: int = 2
+    capacity: Share = 0.25
+    every: Few = 2
     auxiliary: bool = False
 
     def __post_init__(self) -> None:

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mm.bounds import Factor, Few
 from mm.layers.layout import Layout
 from mm.layers.noise import hashed, logistic
 from mm.layers.norm import RMSNorm
@@ -62,11 +63,11 @@ class Experts:
     by: what picks a token's group: its `modality`; or a `hash` of its id, a control in which groups mean nothing
     """
 
-    groups: dict[str, int]
+    groups: dict[str, Few]
     router: Router = "expert_choice"
-    capacity: float = 1.0
-    top: int = 1
-    balance: float = 0.01
+    capacity: Factor = 1.0
+    top: Few = 1
+    balance: Factor = 0.01
     rank: Rank = "score"
     noise: bool = True
     scope: Scope = "pack"

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mm import terminal
+from mm.bounds import Factor, Share
 from mm.configure import RecipeError
 from mm.layers.head_loss import Backend, HeadLoss
 from mm.model.multimodal import MultimodalLM
@@ -50,10 +51,10 @@ class NextToken(Objective):
     backend: who computes the loss of the head, see `mm.layers.head_loss`
     """
 
-    z_loss: float = 0.0
-    modality_weights: dict[str, float] = field(default_factory=dict)
+    z_loss: Factor = 0.0
+    modality_weights: dict[str, Factor] = field(default_factory=dict)
     normalise: Literal["together", "by_modality"] = "together"
-    label_smoothing: float = 0.0
+    label_smoothing: Share = 0.0
     backend: Backend = "reference"
 
     name = "next_token"
@@ -64,7 +65,7 @@ class NextToken(Objective):
             if name not in allowed:
                 raise RecipeError(f"objective.modality_weights names {name!r}; expected {', '.join(allowed)}")
             if not 0 <= weight < math.inf:
-                raise RecipeError(f"objective.modality_weights.{name} is {weight}; expected a number from 0 on")
+                raise RecipeError(f"objective.modality_weights.{name} is {weight}; expected a finite number from 0 on")
         if not 0 <= self.label_smoothing < 1:
             raise RecipeError(
                 f"objective.label_smoothing is {self.label_smoothing}; expected a share from 0 to below 1"

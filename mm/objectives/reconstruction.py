@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mm.bounds import Factor
 from mm.configure import RecipeError
 from mm.layers.precision import wide
 from mm.model.autoencoder import JudgedAutoencoder, Reconstructed
@@ -43,11 +44,11 @@ class Reconstruction(Objective):
     adversarial: of fooling `model.autoencoder.discriminator`, which then trains as well
     """
 
-    absolute: float = 1.0
-    squared: float = 0.0
-    perceptual: float = 0.0
-    commitment: float = 0.25
-    adversarial: float = 0.0
+    absolute: Factor = 1.0
+    squared: Factor = 0.0
+    perceptual: Factor = 0.0
+    commitment: Factor = 0.25
+    adversarial: Factor = 0.0
 
     name = "reconstruction"
 

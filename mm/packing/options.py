@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
+from mm.bounds import Between, Count, CountOrNone, Packs, Tokens
 from mm.packing.fit import POLICIES
 
 TOO_LONG = ("drop", "truncate")
+
+MOST_PACKS = 2**16
+"""Of a global batch."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +34,13 @@ class PackingOptions:
         curricula, which keep the order in which shards hold their samples; or ``one-per-pack`` (no packing)
     """
 
-    capacity: int = 4096
-    limits: dict[str, int] = field(default_factory=dict)
-    batch: int | None = 64
-    batch_tokens: int | None = None
-    window: int = 2048
-    alike: int = 1
-    shuffle_shards: int = 8
+    capacity: Tokens = 4096
+    limits: dict[str, CountOrNone] = field(default_factory=dict)
+    batch: Packs | None = 64
+    batch_tokens: Annotated[int, Between(1, 2**40)] | None = None
+    window: Packs = 2048
+    alike: Packs = 1
+    shuffle_shards: Count = 8
     too_long: str = "drop"
     policy: str = "best-fit"
 
@@ -54,6 +58,11 @@ class PackingOptions:
             )
         if (self.batch or self.batch_tokens or 0) < 1:
             raise ValueError("packing.batch and packing.batch_tokens must be at least 1")
+        if self.packs_per_batch > MOST_PACKS:
+            raise ValueError(
+                f"packing.batch_tokens is {self.batch_tokens:,}, which is {self.packs_per_batch:,} packs of "
+                f"packing.capacity {self.capacity:,}; a global batch has at most {MOST_PACKS:,} packs"
+            )
         if self.alike > self.packs_per_batch:
             raise ValueError(
                 f"packing.alike is {self.alike} and a global batch has {self.packs_per_batch} packs, which would all "

@@ -50,6 +50,9 @@ Flops = Callable[[np.ndarray], np.ndarray]
 
 SHARE_UNIT = 2**32
 
+MOST_SAMPLES = 2**22
+"""Of a window."""
+
 
 NO_LABEL_REMEDY = (
     ". A sample without a label teaches nothing: let some of its words bear loss (in the card `loss: true`, the "
@@ -291,10 +294,10 @@ class Plan(PlanReader):
         with bar("planning", 1.0, progress) as show:
             while not self.ended:
                 self.ensure(self.planned + 1)
-                show(self._passed())
+                show(self.passed())
         return self.planned
 
-    def _passed(self) -> float:
+    def passed(self) -> float:
         """Share of the way to the end that is planned, by the source that is farthest."""
         cursors = self._state(self._windows[-1] if self._windows else None).cursors
         return max(
@@ -519,8 +522,14 @@ def _shares(
     if not sum(sizes):
         raise PlanError("all sources end before they start: raise their epochs, or leave out `start`")
     budget = options.window * options.capacity
+    mean = sum(size * length for size, length in zip(sizes, lengths, strict=True)) / sum(sizes)
+    if budget / mean > MOST_SAMPLES:
+        raise PlanError(
+            f"packing.window × packing.capacity is {budget:,} tokens, about {budget / mean:,.0f} samples of "
+            f"{mean:,.0f} tokens; a window is planned in memory and holds at most {MOST_SAMPLES:,} samples. "
+            "Lower one of them"
+        )
     if streams[0].in_samples:
-        mean = sum(size * length for size, length in zip(sizes, lengths, strict=True)) / sum(sizes)
         budget = max(1, round(budget / mean))
     return [max(1, round(size / sum(sizes) * SHARE_UNIT)) for size in sizes], budget
 

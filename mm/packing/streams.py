@@ -298,8 +298,9 @@ class Stream:
         """The block that a position lies in, its rows loaded."""
         if self._block is None or (self._block.epoch, self._block.shard) != (cursor.epoch, cursor.shard):
             members = self._shards(cursor.epoch)[cursor.shard :][: self.shuffle_shards]
-            self._block = None  # two blocks need not be in memory
-            rows = self._load(members)
+            known, self._block = self._block, None  # two blocks need not be in memory
+            same = known is not None and np.array_equal(known.members, members)  # a small source, in its next epoch
+            rows = known.rows if known is not None and same else self._load(members)
             member = np.repeat(np.arange(len(members)), rows.shards)
             row = np.arange(len(member)) - np.repeat(rows.starts[:-1], rows.shards)
             key = hash64(self.seed, self.source.name, cursor.epoch, "rows", members[member], row)

@@ -32,6 +32,10 @@ REFERENCE = "reference"
 """The column of a reference model's log-probabilities, see `reference_type`."""
 
 
+HEAVIEST = 1_000_000
+"""The largest weight that a recipe can name: products of several stay finite in float32."""
+
+
 def reference_type() -> pa.DataType:
     """Of the values in the column of a reference: under each choice of the card, for the words that bear loss in order,
 
@@ -260,8 +264,8 @@ class PriorTable(Reference):
 
 
 def _check_number(name: str, value: float) -> None:
-    if not 0 <= value < math.inf:
-        raise RecipeError(f"{name} is {value}; expected a number from 0 on")
+    if not 0 <= value <= HEAVIEST:
+        raise RecipeError(f"{name} is {value}; expected a number from 0 to {HEAVIEST:,}")
 
 
 # ----------------------------------------------------------------------------------------------- from columns to tokens

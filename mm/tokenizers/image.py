@@ -12,6 +12,7 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
+from mm.bounds import Few, Width
 from mm.configure import Component, RecipeError, build
 from mm.encoders.base import Grid
 from mm.encoders.shapes import trace
@@ -40,13 +41,13 @@ class ImageAutoencoder(MediaTokenizer):
         self,
         *,
         size: int | tuple[int, int],
-        channels: int,
+        channels: Width,
         multipliers: Sequence[int],
         quantiser: Component,
-        blocks: int = 2,
-        patch: int = 1,
+        blocks: Few = 2,
+        patch: Few = 1,
         attention: bool = False,
-        groups: int = 32,
+        groups: Width = 32,
         resize: Resize = "squash",
     ) -> None:
         super().__init__()

@@ -20,6 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mm.bounds import Share, Vocabulary, Width
 from mm.layers.precision import wide, wide_dtype
 
 RESTARTS = 256
@@ -137,10 +138,10 @@ class VectorQuantiser(Quantiser):
     def __init__(
         self,
         *,
-        codes: int,
-        width: int = 16,
+        codes: Vocabulary,
+        width: Width = 16,
         distance: Literal["cosine", "euclidean"] = "cosine",
-        decay: float = 0.99,
+        decay: Share = 0.99,
         restart_below: float = 0.05,
         gradient: Literal["straight_through", "rotation_trick"] = "straight_through",
     ) -> None:

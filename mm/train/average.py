@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from mm.bounds import Factor, Share
 from mm.configure import RecipeError
 
 AVERAGE, UPDATES = "average", "averaged"
@@ -37,8 +38,8 @@ class AverageOptions:
     validate: report the validation loss of the average too, which takes the same time again
     """
 
-    decay: float = 0.9999
-    warmup: float = 10.0
+    decay: Share = 0.9999
+    warmup: Factor = 10.0
     validate: bool = False
 
     def __post_init__(self) -> None:

@@ -16,9 +16,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Annotated
 
 from torch import Tensor
 
+from mm.bounds import Between, CountOrNone
 from mm.configure import RecipeError
 from mm.packing.batch import Batch
 from mm.train.meter import JsonLines, lines_before
@@ -40,10 +42,10 @@ class GuardOptions:
     rewinds: how often a stage goes back at most; at the next spike the run stops
     """
 
-    window: int = 128
-    threshold: float = 6.0
-    patience: int = 3
-    rewinds: int = 3
+    window: Annotated[int, Between(8, 2**20)] = 128
+    threshold: Annotated[float, Between(0, 1e6, above=True)] = 6.0
+    patience: Annotated[int, Between(1, 2**20)] = 3
+    rewinds: CountOrNone = 3
 
     def __post_init__(self) -> None:
         for name, least in (("window", 8), ("patience", 1), ("rewinds", 0)):

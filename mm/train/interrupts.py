@@ -36,7 +36,7 @@ def seconds_of(duration: str) -> float:
     Raises:
         RecipeError: it is written in another way, or is zero.
     """
-    parts = re.fullmatch("".join(rf"(?:(\d+){unit})?" for unit in UNITS), duration.strip())
+    parts = re.fullmatch("".join(rf"(?:(\d{{1,9}}){unit})?" for unit in UNITS), duration.strip())
     seconds = (
         sum(int(count or 0) * size for count, size in zip(parts.groups(), UNITS.values(), strict=True)) if parts else 0
     )

@@ -10,16 +10,18 @@ A `part` of the recipe is a pattern on parameter names; the first that matches a
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from mm.bounds import Between, Rate, Share
 from mm.configure import RecipeError
 from mm.encoders.base import Encoder
 from mm.layers.precision import wide
@@ -49,10 +51,10 @@ class Part:
 
     match: str
     freeze: bool = False
-    lr: float | None = None
-    weight_decay: float | None = None
+    lr: Rate | None = None
+    weight_decay: Rate | None = None
     kind: Kind | None = None
-    layer_decay: float | None = None
+    layer_decay: Share | None = None
 
     def __post_init__(self) -> None:
         try:
@@ -82,12 +84,12 @@ class OptimOptions:
     """
 
     kind: Kind = "adamw"
-    lr: float = 3e-4
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    momentum: float = 0.95
-    weight_decay: float = 0.1
-    clip: float = 1.0
+    lr: Rate = 3e-4
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    eps: Share = 1e-8
+    momentum: Share = 0.95
+    weight_decay: Rate = 0.1
+    clip: Annotated[float, Between(0, math.inf, above=True)] = 1.0
     parts: list[Part] = field(default_factory=list)
     average: AverageOptions | None = None
 

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import chain
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import swap_tensors
 
+from mm.bounds import Between, Processes
 from mm.configure import RecipeError
 from mm.layers.context import Context, check_heads
 from mm.layers.layout import Share
@@ -69,9 +70,9 @@ class ParallelOptions:
     """
 
     engine: Literal["fsdp2", "deepspeed"] = "fsdp2"
-    zero: int = 3
-    context: int = 1
-    replicate: int = 1
+    zero: Annotated[int, Between(1, 3)] = 3
+    context: Processes = 1
+    replicate: Processes = 1
     reshard_after_forward: Literal["default", "always", "never"] = "default"
     offload: bool = False
     activations: Activations = "none"

@@ -13,6 +13,7 @@ from rich.console import RenderableType
 from rich.rule import Rule
 from rich.table import Table
 
+from mm.configure import RecipeError
 from mm.model.multimodal import MultimodalLM
 from mm.packing.balance import deal, imbalance
 from mm.train.dataset import PlannedData, open_data
@@ -25,21 +26,35 @@ from mm.train.stages import open_stages
 WORLDS = (2, 4, 8)
 BATCHES = 32  # global batches over which balance is measured
 
+MOST_PACKS, MOST_SAMPLES, MOST_PASSES = 2**16, 2**20, 100
+"""Packs, samples and passes over a source after which a look at a recipe plans no further: what follows is like it."""
 
-def planned(recipe: Recipe) -> PlannedData:
+
+def planned(recipe: Recipe, packs: int | None = None) -> PlannedData:
     """The plan of a recipe: that of its run where there is one, else one that lasts as long as this process.
 
     A look at a recipe binds nothing: the next look may be at other options.
+
+    Args:
+        packs: to plan, if the sources do not end before; None for those of the run, up to `MOST_PACKS`.
     """
     folder = _folder(recipe) / "plan"
     data = open_data(
         recipe, Blueprint.of(recipe), recipe.data.sources, folder, epochs=recipe.epochs, lazy=recipe.data.lazy
     )
-    if recipe.steps is not None:
-        data.plan.ensure(recipe.steps * recipe.packing.packs_per_batch, progress=True)
-    else:
-        data.plan.total_packs(progress=True)
+    if packs is not None:
+        data.plan.ensure(packs, progress=True)
+        return data
+    wanted = MOST_PACKS if recipe.steps is None else min(recipe.steps * recipe.packing.packs_per_batch, MOST_PACKS)
+    while data.plan.planned < wanted and not data.plan.ended and not _seen_enough(data):
+        data.plan.ensure(data.plan.planned + 1, progress=True)
     return data
+
+
+def _seen_enough(data: PlannedData) -> bool:
+    statistics = data.plan.statistics()
+    passes = max(source.epochs for source in statistics.sources.values())
+    return statistics.samples >= MOST_SAMPLES or passes >= MOST_PASSES
 
 
 def _folder(recipe: Recipe) -> Path:
@@ -55,16 +70,21 @@ def planned_at(recipe: Recipe, step: int) -> tuple[PlannedData, int]:
     """The plan that holds a step of the run, and the step's number in it.
 
     Raises:
-        IndexError: the run ends before.
+        RecipeError: the run ends before.
     """
     if not recipe.stages:
-        return planned(recipe), step
+        if recipe.steps is not None and step >= recipe.steps:
+            raise RecipeError(f"the run ends after {recipe.steps:,} steps; there is no step {step}")
+        data, size = planned(recipe, (step + 1) * recipe.packing.packs_per_batch), recipe.packing.packs_per_batch
+        if data.plan.planned <= step * size:
+            raise RecipeError(f"the data ends after {-(-data.plan.planned // size):,} steps; there is no step {step}")
+        return data, step
     end = 0
     for stage in open_stages(recipe, _folder(recipe)):
         if step < stage.end:
             return stage.data, step - stage.begin
         end = stage.end
-    raise IndexError(f"the run ends after {end} steps; there is no step {step}")
+    raise RecipeError(f"the run ends after {end} steps; there is no step {step}")
 
 
 def preview(recipe: Recipe) -> Iterator[RenderableType]:
@@ -75,6 +95,10 @@ def preview(recipe: Recipe) -> Iterator[RenderableType]:
     for stage in open_stages(recipe, _folder(recipe)):
         yield Rule(f"stage {stage.number}: steps {stage.begin:,} to {stage.end - 1:,}")
         yield from _preview(stage.recipe, stage.data)
+        packs = stage.packs_at(stage.end)
+        if packs > max(MOST_PACKS, stage.data.plan.planned) and stage.number + 1 < len(recipe.stages):
+            yield Rule(f"the stages after it begin behind its {packs:,} packs, too many to plan here")
+            return
 
 
 def _preview(recipe: Recipe, data: PlannedData) -> Iterator[RenderableType]:
@@ -129,24 +153,29 @@ def run_table(recipe: Recipe, data: PlannedData) -> Table:
     statistics, packing = data.plan.statistics(), recipe.packing
     table = Table("figure", title="the run", title_justify="left")
     table.add_column("value", justify="right")
-    steps = recipe.steps or data.plan.total_steps() or 0
+    steps, ends = recipe.steps, -(-statistics.packs // packing.packs_per_batch)
+    about = ""
+    if steps is None:
+        steps = ends if data.plan.ended else round(ends / max(data.plan.passed(), 1e-9))
+        about = "" if data.plan.ended else "about "
     used = min(steps * packing.packs_per_batch, statistics.packs)
     beyond = "" if used == statistics.packs else f"; {statistics.packs:,} are planned, and counted above"
     table.add_row("packs", f"{used:,} of {packing.capacity:,} tokens{beyond}")
     above = 1 - statistics.lower_bound / statistics.packs
     table.add_row("fill", f"{statistics.fill:.2%}, packs within {above:.2%} of the lower bound")
-    table.add_row("steps", f"{steps:,} of {packing.packs_per_batch:,} packs")
+    if not data.plan.ended and steps * packing.packs_per_batch > statistics.packs:
+        table.add_row("planned here", f"the first {statistics.packs:,} packs, of which all figures are")
+    table.add_row("steps", f"{about}{steps:,} of {packing.packs_per_batch:,} packs")
     if statistics.ended_by is not None:
-        held = -(-statistics.packs // packing.packs_per_batch)
-        early = f", before the {steps:,} steps asked for" if steps > held else ""
-        table.add_row("the data ends", f"after {held:,} steps, with {statistics.ended_by}{early}")
+        early = f", before the {steps:,} steps asked for" if steps > ends else ""
+        table.add_row("the data ends", f"after {ends:,} steps, with {statistics.ended_by}{early}")
     encoders, decoder = sampled_flops(recipe, data)
     total = (encoders + decoder) * steps
     table.add_row("training FLOPs", f"{total:.2e} ({encoders / (encoders + decoder):.1%} in encoders and adapters)")
     for name, peak in (("A100", 312e12), ("H100", 989e12)):
         table.add_row(f"on one {name} at 40 % MFU", spoken(total / (0.4 * peak)))
     for world in WORLDS:
-        if packing.packs_per_batch % world == 0:
+        if all(len(batch) % world == 0 for batch in first_batches(data)):
             table.add_row(f"time lost to imbalance on {world} GPUs", f"{mean_imbalance(data, world) - 1:.1%}")
     return table
 
@@ -183,6 +212,7 @@ def mean_imbalance(data: PlannedData, world: int) -> float:
 
 
 def first_batches(data: PlannedData) -> list[list[int]]:
+    """Packs of the first global batches; of a part of one where no more is planned."""
     packs, size = data.plan.planned, data.plan.packs_per_batch
     total = -(-packs // size) if data.plan.ended else packs // size  # the last window may end within a batch
-    return [data.plan.batch(step) for step in range(min(BATCHES, total))]
+    return [data.plan.batch(step) for step in range(min(BATCHES, total))] or [list(range(packs))]

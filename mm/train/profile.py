@@ -43,7 +43,7 @@ class Steps(NamedTuple):
         Raises:
             RecipeError: it is written in another way, or the steps do not ascend from 1.
         """
-        written = re.fullmatch(r"(\d+)(?:-(\d+))?", text.strip())
+        written = re.fullmatch(r"(\d{1,10})(?:-(\d{1,10}))?", text.strip())
         if not written:
             raise RecipeError(f"--profile is {text!r}; write the first and the last step, such as 10-12")
         first, last = int(written[1]), int(written[2] or written[1])

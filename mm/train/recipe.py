@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from mm import configure
+from mm.bounds import Between, Count, CountOrNone, Epochs, Packs, Seed, Share, Steps
 from mm.configure import RecipeError
 from mm.data.cache import CacheOptions
 from mm.model.multimodal import ModelOptions
@@ -39,8 +40,8 @@ class SourceOptions:
 
     card: str
     split: str = "train"
-    weight: float | None = None
-    epochs: float | None = None
+    weight: Annotated[float, Between(0, 1e15, above=True)] | None = None
+    epochs: Epochs | None = None
     where: str | None = None
     weights: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -69,9 +70,9 @@ class DataOptions:
     lazy: bool = False
     index: str = "~/.cache/mm"
     cache: CacheOptions | None = None
-    workers: int = 1
-    max_broken: float = 0.01
-    max_broken_after: int = 1000
+    workers: Annotated[int, Between(0, 1024)] = 1
+    max_broken: Share = 0.01
+    max_broken_after: CountOrNone = 1000
 
 
 OF_THE_WHOLE_RUN = {
@@ -113,10 +114,10 @@ class Recipe:
     packing: PackingOptions
     tokenizer: TokenizerOptions | None = None
     run: str = "runs/${name}"
-    seed: int = 0
-    steps: int | None = None
-    epochs: float | None = None
-    micro_batch: int = 1
+    seed: Seed = 0
+    steps: Steps | None = None
+    epochs: Epochs | None = None
+    micro_batch: Packs = 1
     init_from: str | None = None
     warm_start: WarmStartOptions | None = None
     precision: Precision = "auto"
@@ -125,16 +126,16 @@ class Recipe:
     objective: dict[str, Any] = field(default_factory=lambda: {"_target_": "mm.objectives.next_token.NextToken"})
     optim: OptimOptions = field(default_factory=OptimOptions)
     schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
-    log_every: int = 10
+    log_every: CountOrNone = 10
     log_to: list[LogTo] = field(default_factory=lambda: ["tensorboard"])
-    validate_every: int = 0
-    save_every: int = 0
+    validate_every: CountOrNone = 0
+    save_every: CountOrNone = 0
     save_async: bool = True
-    keep: int = 2
-    keep_every: int = 0
+    keep: Count = 2
+    keep_every: CountOrNone = 0
     time_limit: str | None = None
     guard: GuardOptions | None = None
-    watchdog: float = 30.0
+    watchdog: Annotated[float, Between(0, 1e6)] = 30.0
     stages: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:

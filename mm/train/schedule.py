@@ -13,8 +13,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
+from mm.bounds import Between, Share
 from mm.configure import RecipeError
 
 Kind = Literal["cosine", "linear", "wsd", "constant"]
@@ -43,12 +44,12 @@ class ScheduleOptions:
     """
 
     kind: Kind = "cosine"
-    warmup: float = 0.02
-    decay: float = 0.2
-    floor: float = 0.1
+    warmup: Annotated[float, Between(0, 1e9)] = 0.02
+    decay: Share = 0.2
+    floor: Share = 0.1
     decay_shape: DecayShape = "linear"
-    start: float = 0.0
-    peak: float = 1.0
+    start: Share = 0.0
+    peak: Share = 1.0
 
     def __post_init__(self) -> None:
         for name, allowed in (("kind", get_args(Kind)), ("decay_shape", get_args(DecayShape))):

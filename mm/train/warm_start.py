@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
+from mm.bounds import Between, Packs
 from mm.configure import RecipeError
 from mm.encoders.adapters import GridAdapter
 from mm.encoders.base import Grid
@@ -31,8 +33,8 @@ class WarmStartOptions:
     penalty: of the ridge, in units of the features' mean variance
     """
 
-    packs: int = 256
-    penalty: float = 0.2
+    packs: Packs = 256
+    penalty: Annotated[float, Between(0, 1e6, above=True)] = 0.2
 
     def __post_init__(self) -> None:
         if self.packs < 1 or self.penalty <= 0:
