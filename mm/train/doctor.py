@@ -35,7 +35,7 @@ from mm.data.shards import Place, Record, Scanned, Shard, is_remote, open_shard
 from mm.data.unread import unread_lines
 from mm.media import BrokenMedia, ImageFacts, SpeechFacts
 from mm.packing.fit import best_fit
-from mm.sample import BrokenSample, Sample, Text, encodable
+from mm.sample import BrokenSample, MediaPart, Sample, Text, encodable
 from mm.terminal import Progress, printable
 from mm.tokenizers.text import TextTokenizer, TokenizerOptions
 from mm.train.meter import datasheet_flops
@@ -410,19 +410,26 @@ def _add(seen: Look, count: Callable[[Sample], int], shard: Shard, scanned: Scan
         try:
             sample = seen.card.sample(scanned.record)
             with reading_a_record():
-                items = [(media.facts(part), media.decode(part)) for part in sample.media]
+                items = [_whole(part) for part in sample.media]
             text = count(sample)
         except BrokenMedia as broken:
             reason = f"broken media: {broken}"
         except BrokenSample as broken:
             reason = str(broken)
         else:
-            _measure(seen, text, [facts for facts, _ in items])
+            _measure(seen, text, items)
             return
     kind, _, detail = encodable(reason or "no record").partition(":")
     seen.bad[kind] += 1
     name = place_name(shard.path, scanned.key)
     seen.first_bad.setdefault(kind, f"{name}, {printable(detail.strip(), 120)}" if detail else name)
+
+
+def _whole(part: MediaPart) -> media.Facts:
+    """Facts of a file that can be decoded. Kept together, the decoded pictures of a long page would fill the memory."""
+    facts = media.facts(part)
+    media.decode(part)
+    return facts
 
 
 def _measure(seen: Look, text: int, items: list[media.Facts]) -> None:
