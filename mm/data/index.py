@@ -58,13 +58,11 @@ class IndexingError(RuntimeError):
 class ShardIndex:
     """What an index knows of one shard.
 
-    shard: its path or URL
-    file: name of its file in the index folder
-    rows, errors: numbers of samples, and of records that are none
-    stat, fingerprint: of the shard when it was indexed
-    mapping: fingerprint of the card's record mapping
-    dropped: number of files that records lack and their samples do without, see `RecordMapping.dropped`
-    hidden: number of hidden files in it that were skipped, see `mm.data.hidden`
+        shard: its path or URL; file: name of its file in the index folder
+        rows, errors: numbers of samples, and of records that are none
+        stat, fingerprint: of the shard when it was indexed; mapping: fingerprint of the card's record mapping
+        dropped: number of files that records lack and their samples do without, see `RecordMapping.dropped`
+        hidden: number of hidden files in it that were skipped, see `mm.data.hidden`
     unread: files of the records that no field of the card reads
     """
 
@@ -208,7 +206,7 @@ class Index:
 
     @property
     def unread(self) -> list[Unread]:
-        """Files of the records that no field of the card reads, by kind."""
+        """Files of the records that no field of the card reads."""
         return total([shard.unread for shard in self.shards])
 
     @cached_property

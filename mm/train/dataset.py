@@ -18,7 +18,8 @@ from filelock import FileLock
 
 from mm import terminal
 from mm.configure import RecipeError
-from mm.data.index import fetch_rows_ahead
+from mm.data.card import MAPPING_VERSION
+from mm.data.index import INDEX_VERSION, fetch_rows_ahead
 from mm.layers.layout import WHOLE, Share
 from mm.packing.balance import deal
 from mm.packing.hashing import hash64
@@ -131,7 +132,7 @@ def open_data(
         begin,
         recipe.data.unit,
         blueprint.document_flops,
-        blueprint.identity(),
+        blueprint.identity() | {"version of samples": [INDEX_VERSION, MAPPING_VERSION]},
         progress=True,
     )
     return PlannedData(blueprint, plan, tuple(opened))
