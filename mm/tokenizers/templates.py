@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -96,7 +97,8 @@ def main() -> None:
     if sys.platform == "linux":  # others do not bound what a process addresses
         _limit(resource.RLIMIT_AS, MEMORY)
     template, variables = json.load(sys.stdin)
-    json.dump(_outcome(template, variables), sys.stdout)
+    with os.fdopen(1, "w", encoding="utf-8") as answer:
+        json.dump(_outcome(template, variables), answer)
 
 
 def _limit(kind: int, most: int) -> None:

@@ -9,18 +9,18 @@ batches ─▶ Ledger.add ─Σ over processes─▶ Ledger.count ─▶ data/sa
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+from mm import terminal
 from mm.data.labels import printable
 from mm.packing.batch import Batch
 from mm.train.meter import lines_before
 from mm.train.recipe import DataOptions
 from mm.train.stages import RunError
 
-logger = logging.getLogger(__name__)
+logger = terminal.logger(__name__)
 
 LOGGED = 3
 """Events of a kind that a process logs one by one."""
