@@ -51,13 +51,17 @@ class RowGroupPlan:
 
 
 class ChunkStream(io.RawIOBase):
-    """A stream that gives the column chunks that were read from it a second time from memory."""
+    """A stream that gives its end, and the column chunks that were read from it, a second time from memory."""
+
+    TAIL = 64 * 1024  # bytes in which Arrow looks for a footer
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
         self._kept: dict[int, bytes] = {}
         self._position = 0
         self.size = stream.seek(0, io.SEEK_END)
+        self._tail_start = stream.seek(max(0, self.size - self.TAIL))
+        self._tail = stream.read(self.TAIL)
 
     def keep(self, start: int, size: int) -> bytes:
         """Bytes of a column chunk, kept until `forget`.
@@ -80,10 +84,10 @@ class ChunkStream(io.RawIOBase):
         Raises:
             DamagedPages: it cannot be read, or has more rows than a file of this size can hold in earnest.
         """
-        self._stream.seek(self.size - 8)
-        length = int.from_bytes(self._stream.read(4), "little")
-        self._stream.seek(self.size - 8 - length)
-        groups = read_footer(self._stream.read(length))
+        self.seek(self.size - 8)
+        length = int.from_bytes(self.read(4), "little")
+        self.seek(self.size - 8 - length)
+        groups = read_footer(self.read(length))
         if odd := next((group for group in groups if len(group.chunks) != columns), None):
             raise DamagedPages(f"a row group with {len(odd.chunks)} column chunks for {columns} columns")
         rows, most = sum(group.rows for group in groups), max(FREE_ROWS, MOST_RATIO * self.size)
@@ -98,6 +102,9 @@ class ChunkStream(io.RawIOBase):
         kept = self._kept.get(self._position)
         if kept is not None and 0 <= size <= len(kept):
             data = kept[:size]  # all of it, without a copy
+        elif self._position >= self._tail_start and size >= 0:
+            start = self._position - self._tail_start
+            data = self._tail[start : start + size]
         else:
             self._stream.seek(self._position)
             data = self._stream.read(size)
