@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -157,6 +159,27 @@ def test_a_footer_that_claims_more_rows_than_its_pages_hold_is_damage(tmp_path: 
     assert claimed != data
     path.write_bytes(claimed)
     assert all(one.record is None for one in open_shard(str(path), "parquet").scan())
+
+
+def test_a_footer_of_more_rows_than_its_bytes_can_hold_is_refused(tmp_path: Path) -> None:
+    column = pa.DictionaryArray.from_arrays(pa.array(np.zeros(3 * 2**20, np.int32)), pa.array(["a"]))
+    path = write(tmp_path / "0.parquet", {"text": column}, row_group_size=2**20)
+    assert path.stat().st_size < 10_000
+    (one,) = open_shard(str(path), "parquet").scan()
+    assert one.error is not None
+    assert "too many rows: 3145728 in" in one.error
+
+
+def test_a_footer_that_ends_the_process_when_arrow_is_asked_for_its_chunks_is_damage(tmp_path: Path) -> None:
+    path = write(tmp_path / "0.parquet", {"texts": [["a", "b"]] * 20})
+    whole = path.read_bytes()
+    length = int.from_bytes(whole[-8:-4], "little")
+    program = "import sys; from mm.data.shards import open_shard; list(open_shard(sys.argv[1], 'parquet').scan())"
+    footer, histogram = whole[-8 - length : -8], b"\x19\x26"  # a list of two 64-bit numbers: levels by frequency
+    assert histogram in footer
+    footer = footer.replace(histogram, b"\x19\x36\x02")
+    path.write_bytes(whole[: -8 - length] + footer + len(footer).to_bytes(4, "little") + b"PAR1")
+    subprocess.run([sys.executable, "-c", program, str(path)], check=True)
 
 
 def test_large_honest_rows_come_in_smaller_batches_and_from_the_cache_alike(tmp_path: Path) -> None:

@@ -1,8 +1,11 @@
-"""Page headers of parquet column chunks: what decoding them will take, which no footer can be trusted to say.
+"""Footers and page headers of parquet files: where column chunks are, and what decoding them will take.
 
-    column chunk:  header │ dictionary │ header │ page │ header │ page │ …      header: Thrift's compact protocol
+    file:          … column chunks … │ footer │ its length │ PAR1
+    column chunk:  header │ dictionary │ header │ page │ …         footer, header: Thrift's compact protocol
 
-Format: https://github.com/apache/parquet-format, ``PageHeader`` in parquet.thrift, and Thrift's compact protocol.
+No footer can be trusted to say what comes out of a chunk, so its pages are looked at. Footers are read here as well:
+where they are damaged, asking pyarrow for a column chunk ends the process (C++ exceptions that it lets through).
+Format: https://github.com/apache/parquet-format, ``FileMetaData`` and ``PageHeader`` in parquet.thrift.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 MAX_DEPTH = 16
-"""Structs and lists inside each other that a header may have; the deepest of the format has 3."""
+"""Structs and lists inside each other that are read; the deepest of the format has 8."""
 
 _DATA, _DICTIONARY, _DATA_V2 = 0, 2, 3  # PageType
 _DICTIONARY_ENCODINGS = (2, 8)  # PLAIN_DICTIONARY, RLE_DICTIONARY
@@ -19,7 +22,22 @@ _TRUE, _FALSE, _BYTE, _I16, _I32, _I64, _DOUBLE, _BINARY, _LIST, _SET, _MAP, _ST
 
 
 class DamagedPages(ValueError):
-    """A column chunk whose pages do not follow each other as its footer says."""
+    """A footer or a column chunk that is not what the format says."""
+
+
+class Chunk(NamedTuple):
+    """Where a column chunk is said to be: `size` bytes from `start`, `uncompressed` ones without compression."""
+
+    start: int
+    size: int
+    uncompressed: int
+
+
+class RowGroup(NamedTuple):
+    """A row group as its footer has it, with the chunks of all columns in the order of the schema."""
+
+    rows: int
+    chunks: tuple[Chunk, ...]
 
 
 class Page(NamedTuple):
@@ -34,6 +52,33 @@ class Page(NamedTuple):
     values: int
     is_dictionary: bool
     coded: bool
+
+
+def read_footer(footer: bytes) -> list[RowGroup]:
+    """The row groups of a footer.
+
+    Raises:
+        DamagedPages: it cannot be read.
+    """
+    try:
+        described, _ = _struct(footer, 0, 0)
+        groups = [RowGroup(group[3], tuple(_chunk(chunk[3]) for chunk in group[1])) for group in described[4]]
+    except (KeyError, IndexError, TypeError) as error:
+        raise DamagedPages("its footer does not describe row groups") from error
+    if any(not isinstance(number, int) or number < 0 for group in groups for number in (group.rows, *_flat(group))):
+        raise DamagedPages("its footer holds a negative number of rows or bytes")
+    return groups
+
+
+def _chunk(described: dict[int, Any]) -> Chunk:
+    data, dictionary = described[9], described.get(11, 0)
+    start = dictionary if 0 < dictionary < data else data  # as Arrow reads it
+    return Chunk(start, described[7], described[6])
+
+
+def _flat(group: RowGroup) -> Iterator[int]:
+    for chunk in group.chunks:
+        yield from chunk
 
 
 def read_pages(chunk: bytes) -> Iterator[Page]:
@@ -61,7 +106,7 @@ def read_pages(chunk: bytes) -> Iterator[Page]:
 def _struct(data: bytes, at: int, depth: int) -> tuple[dict[int, Any], int]:
     """Fields of a struct by number, and where it ends. IndexError where the bytes end before it."""
     if depth > MAX_DEPTH:
-        raise DamagedPages("a page header is nested too deeply")
+        raise DamagedPages("structs are nested too deeply")
     fields: dict[int, Any] = {}
     number = 0
     while (head := data[at]) != 0:
@@ -95,10 +140,12 @@ def _value(data: bytes, at: int, kind: int, depth: int) -> tuple[Any, int]:
         inner = data[at - 1] & 15
         if count == 15:
             count, at = _varint(data, at)
+        values = []
         for _ in range(count):
-            _, at = _value(data, at, inner, depth + 1)
-        return None, at
-    raise DamagedPages(f"a page header has a field of type {kind}")  # maps: the format has none
+            value, at = _value(data, at, inner, depth + 1)
+            values.append(value)
+        return values, at
+    raise DamagedPages(f"a field of type {kind}, which the format does not have")
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
@@ -111,7 +158,7 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
             return number, at
         shift += 7
         if shift > 63:
-            raise DamagedPages("a page header holds a number of over 64 bits")
+            raise DamagedPages("a number of over 64 bits")
 
 
 def _zigzag(data: bytes, at: int) -> tuple[int, int]:

@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mm.data.files import ShardChanged, ShardFile, ShardStat
-from mm.data.pages import DamagedPages
-from mm.data.row_groups import ChunkStream, RowGroupPlan, plan_row_group
+from mm.data.pages import DamagedPages, RowGroup
+from mm.data.row_groups import ChunkStream, RowGroupPlan, chunk_numbers, plan_row_group
 from mm.data.shards import Place, Record, Scanned, Shard
 from mm.data.values import BadRow, row_of, rows_of
 
@@ -47,13 +47,23 @@ class ParquetShard(Shard):
 
     def row_groups(self) -> list[int]:
         """Number of rows of every row group."""
-        metadata = self.metadata
-        return [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
+        return [group.rows for group in self.footer]
+
+    @cached_property
+    def footer(self) -> list[RowGroup]:
+        """The row groups.
+
+        Raises:
+            pa.ArrowException, OSError, ValueError: it is no parquet file, or a damaged one.
+        """
+        file = self._open()
+        assert self._chunks is not None
+        return self._chunks.footer(columns=len(file.schema))
 
     @property
-    def metadata(self) -> pq.FileMetaData:
-        """The footer."""
-        return self._open().metadata
+    def chunk_numbers(self) -> list[int]:
+        """Numbers of the column chunks of a row group that are read."""
+        return chunk_numbers(self._open(), self.schema.names)
 
     @property
     def schema(self) -> pa.Schema:
@@ -64,7 +74,7 @@ class ParquetShard(Shard):
     def _scan(self) -> Iterator[Scanned]:
         try:
             groups, names = len(self.starts) - 1, self.schema.names
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError, DamagedPages) as error:
             _raise_if_no_damage(error)
             self.refuse_head()
             yield Scanned("", (0, 0), None, f"not a readable parquet file: {error}")
@@ -110,7 +120,7 @@ class ParquetShard(Shard):
         file = self._open()
         assert self._chunks is not None
         try:
-            plan = plan_row_group(file, self._chunks, group, self.schema.names)
+            plan = plan_row_group(file, self._chunks, self.footer[group], self.schema.names)
         except (pa.ArrowException, OSError, DamagedPages) as error:
             self._chunks.forget()
             _raise_if_no_damage(error)

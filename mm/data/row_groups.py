@@ -17,7 +17,7 @@ from typing import IO
 import numpy as np
 import pyarrow.parquet as pq
 
-from mm.data.pages import DamagedPages, Page, read_pages
+from mm.data.pages import DamagedPages, Page, RowGroup, read_footer, read_pages
 
 BATCH = 64
 """Most rows of a row group that are decoded at a time. A damaged place costs those of its batch and all after it."""
@@ -25,6 +25,8 @@ BATCH_BYTES = 64 * 1024**2
 """Bytes that a batch, or the pages that it needs, may take however small they are in the file."""
 MOST_RATIO = 32
 """Bytes that a row group may take for each that it has in the file."""
+FREE_ROWS = 2**20
+"""Rows that a file may have however small it is. More need a byte for `MOST_RATIO` of them."""
 MAX_VALUES = 2**25
 """Most values in a column of lists of a row group: any row may hold them all."""
 
@@ -49,13 +51,17 @@ class RowGroupPlan:
 
 
 class ChunkStream(io.RawIOBase):
-    """A stream that gives the column chunks that were read from it a second time from memory."""
+    """A stream that gives its end, and the column chunks that were read from it, a second time from memory."""
+
+    TAIL = 64 * 1024  # bytes in which Arrow looks for a footer
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
         self._kept: dict[int, bytes] = {}
         self._position = 0
         self.size = stream.seek(0, io.SEEK_END)
+        self._tail_start = stream.seek(max(0, self.size - self.TAIL))
+        self._tail = stream.read(self.TAIL)
 
     def keep(self, start: int, size: int) -> bytes:
         """Bytes of a column chunk, kept until `forget`.
@@ -69,6 +75,26 @@ class ChunkStream(io.RawIOBase):
         self._kept[start] = self._stream.read(size)
         return self._kept[start]
 
+    def footer(self, columns: int) -> list[RowGroup]:
+        """The row groups of the file, which Arrow has opened.
+
+        Args:
+            columns: chunks that each of them has.
+
+        Raises:
+            DamagedPages: it cannot be read, or has more rows than a file of this size can hold in earnest.
+        """
+        self.seek(self.size - 8)
+        length = int.from_bytes(self.read(4), "little")
+        self.seek(self.size - 8 - length)
+        groups = read_footer(self.read(length))
+        if odd := next((group for group in groups if len(group.chunks) != columns), None):
+            raise DamagedPages(f"a row group with {len(odd.chunks)} column chunks for {columns} columns")
+        rows, most = sum(group.rows for group in groups), max(FREE_ROWS, MOST_RATIO * self.size)
+        if rows > most:
+            raise DamagedPages(f"too many rows: {rows} in {self.size} bytes, the limit is {most}")
+        return groups
+
     def forget(self) -> None:
         self._kept = {}
 
@@ -76,6 +102,9 @@ class ChunkStream(io.RawIOBase):
         kept = self._kept.get(self._position)
         if kept is not None and 0 <= size <= len(kept):
             data = kept[:size]  # all of it, without a copy
+        elif self._position >= self._tail_start and size >= 0:
+            start = self._position - self._tail_start
+            data = self._tail[start : start + size]
         else:
             self._stream.seek(self._position)
             data = self._stream.read(size)
@@ -101,26 +130,30 @@ class ChunkStream(io.RawIOBase):
         super().close()
 
 
-def plan_row_group(file: pq.ParquetFile, chunks: ChunkStream, group: int, names: Collection[str]) -> RowGroupPlan:
+def chunk_numbers(file: pq.ParquetFile, names: Collection[str]) -> list[int]:
+    """Numbers of the chunks of a row group that belong to some columns of a file: of a nested one there are several."""
+    paths = [file.schema.column(number).path for number in range(len(file.schema))]
+    return [
+        number
+        for number, path in enumerate(paths)
+        if any(path == name or path.startswith(f"{name}.") for name in names)
+    ]
+
+
+def plan_row_group(file: pq.ParquetFile, chunks: ChunkStream, group: RowGroup, names: Collection[str]) -> RowGroupPlan:
     """How to decode some columns of a row group, whose chunks are kept in `chunks`.
 
     Raises:
         DamagedPages: its pages are not what the footer says, or they would take more memory than is granted.
     """
-    metadata = file.metadata.row_group(group)
     columns, stored = [], 0
-    for number in range(metadata.num_columns):
-        described = file.schema.column(number)
-        if any(described.path == name or described.path.startswith(f"{name}.") for name in names):
-            chunk = metadata.column(number)
-            starts = [chunk.data_page_offset, chunk.dictionary_page_offset or chunk.data_page_offset]
-            stored += max(0, chunk.total_compressed_size)
-            pages = tuple(read_pages(chunks.keep(min(starts), chunk.total_compressed_size)))
-            columns.append(_Column(described, pages))
-    for column in columns:
-        column.check(metadata.num_rows)
+    for number in chunk_numbers(file, names):
+        chunk = group.chunks[number]
+        stored += chunk.size
+        columns.append(_Column(file.schema.column(number), tuple(read_pages(chunks.keep(chunk.start, chunk.size)))))
+        columns[-1].check(group.rows)
     plan = RowGroupPlan(
-        rows=_batch_rows(columns, metadata.num_rows),
+        rows=_batch_rows(columns, group.rows),
         dictionaries=tuple(column.path for column in columns if column.must_stay_coded),
         stored=min(stored, chunks.size),
     )

@@ -24,6 +24,7 @@ import pyarrow as pa
 from mm import terminal
 from mm.data.cache import Content, Hold, NotKept, ShardCache, entry_name
 from mm.data.files import PinnedFile, ShardStat, check_unchanged, is_remote, open_file
+from mm.data.pages import DamagedPages
 from mm.data.parquet import DamagedRows, ParquetShard
 from mm.data.row_groups import BATCH, MOST_RATIO
 from mm.data.shards import Place, Record
@@ -68,7 +69,7 @@ class ParquetRows(Content):
                 file.flush()
                 raw.truncate()
                 os.fsync(raw.fileno())
-        except pa.ArrowException as error:
+        except (pa.ArrowException, DamagedPages) as error:
             raise NotKept("rows", f"its rows cannot be kept: {error}") from error
         finally:
             shard.close()
@@ -202,11 +203,8 @@ def _plain(field: pa.Field) -> pa.Field:
 
 def _decoded_bytes(shard: ParquetShard) -> int:
     """About what the rows of a shard take on disk: what its footer says of the columns without their compression."""
-    metadata, names = shard.metadata, set(shard.schema.names)
-    groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
-    columns = (group.column(number) for group in groups for number in range(group.num_columns))
-    said = sum(one.total_uncompressed_size for one in columns if one.path_in_schema.partition(".")[0] in names)
-    return min(max(said, 0), MOST_RATIO * shard.file.stat().size)  # a footer may say anything
+    said = sum(group.chunks[number].uncompressed for group in shard.footer for number in shard.chunk_numbers)
+    return min(said, MOST_RATIO * shard.file.stat().size)  # a footer may say anything
 
 
 class _Growing(io.FileIO):

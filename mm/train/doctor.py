@@ -390,7 +390,7 @@ class _Extent:
         self.size = shard.file.stat().size
         self._starts: list[int] | None = None
         if isinstance(shard, ParquetShard):
-            with suppress(pa.ArrowException, OSError):  # a damaged file, which the scan reports
+            with suppress(pa.ArrowException, OSError, ValueError):  # a damaged file, which the scan reports
                 self._starts = shard.starts
 
     def share(self, place: Place) -> float:
