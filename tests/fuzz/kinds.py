@@ -285,7 +285,8 @@ def _column(draw: random.Random, rows: int) -> pa.Array:
         return pa.array([2**62] * rows, pa.int64()).view(pa.duration("ms"))
     if pick == 7:
         return pa.nulls(rows)
-    return pa.array([draw.choice(mutate.TEXTS[:-2]) for _ in range(rows)])
+    texts = [text for text in mutate.TEXTS if text.isascii()]
+    return pa.array([draw.choice(texts) for _ in range(rows)])
 
 
 def _decoded(record: dict[str, Any]) -> dict[str, Any]:
