@@ -84,7 +84,7 @@ def _use_card(draw: random.Random, folder: Path) -> None:
     if pick == 0 and index.rows:
         command("data", "show", card, "0", "--folder", str(folder / "index"))
     elif pick == 1:
-        command("data", "check", card)
+        command("data", "check", card, "--processes", "0")
     elif pick == 2:
         command("doctor", *Card.load(card).shards("train"), "--seconds", "5")
 
@@ -485,7 +485,7 @@ def _write_mutated_card(draw: random.Random, folder: Path) -> None:
 def _use_mutated_card(draw: random.Random, folder: Path) -> None:
     card = str(folder / "card.yaml")
     command("index", card, "--folder", str(folder / "index"))
-    command("data", "check", card)
+    command("data", "check", card, "--processes", "0")
 
 
 def _write_recipe(draw: random.Random, folder: Path) -> None:
