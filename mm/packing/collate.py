@@ -324,23 +324,7 @@ class Processor:
             ValueError: there are no packs, or not as many owners as documents and seeds as packs.
         """
         _check(packs, rows, seeds)
-        documents: list[Document] = []
-        owners: list[Owner] = []
-        pack_starts = [0]
-        for pack, pack_rows in zip(packs, rows, strict=True):
-            size = sum(len(document) for document in pack)
-            documents.extend(pack)
-            owners.extend(pack_rows)
-            spare = 1 if size == 0 else 0
-            if capacity is not None:
-                spare = capacity - size
-            if spare < 0:
-                raise LengthMismatch(f"a pack of {size} tokens is over its capacity of {capacity}")
-            if spare:
-                documents.append(self.padding(spare))
-                owners.append((-1, -1, -1))
-            pack_starts.append(pack_starts[-1] + size + spare)
-
+        documents, owners, pack_starts = self._padded(packs, rows, capacity)
         offsets = np.cumsum([0, *(len(document) for document in documents)])
         tokens = np.concatenate([document.tokens for document in documents])
         bears = np.concatenate([document.weights > 0 for document in documents])
@@ -362,6 +346,28 @@ class Processor:
             broken=tuple(broken),
             share=share,
         )
+
+    def _padded(
+        self, packs: Sequence[Sequence[Document]], rows: Sequence[Sequence[Owner]], capacity: int | None
+    ) -> tuple[list[Document], list[Owner], list[int]]:
+        """Documents of all packs with the padding behind each, their owners, and where packs start, then the length."""
+        documents: list[Document] = []
+        owners: list[Owner] = []
+        pack_starts = [0]
+        for pack, pack_rows in zip(packs, rows, strict=True):
+            size = sum(len(document) for document in pack)
+            documents.extend(pack)
+            owners.extend(pack_rows)
+            spare = 1 if size == 0 else 0
+            if capacity is not None:
+                spare = capacity - size
+            if spare < 0:
+                raise LengthMismatch(f"a pack of {size} tokens is over its capacity of {capacity}")
+            if spare:
+                documents.append(self.padding(spare))
+                owners.append((-1, -1, -1))
+            pack_starts.append(pack_starts[-1] + size + spare)
+        return documents, owners, pack_starts
 
     def _media(self, documents: Sequence[Document], offsets: np.ndarray, held: slice) -> dict[Modality, Media]:
         """The items with slots that reach into a part of the stream."""
