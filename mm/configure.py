@@ -52,6 +52,10 @@ Component = Annotated[dict[str, Any], "component"]
 PRESET_FOLDERS = ("encoders", "tokenizers", "packing", "train")
 SIZE_LIMIT = 1 << 20
 """Largest YAML file that is read, in bytes."""
+DEPTH_LIMIT = 64
+"""Levels of lists and mappings in a YAML file at most."""
+VALUE_LIMIT = 100_000
+"""Values in a YAML file at most."""
 
 LONGEST_SHOWN = 200
 """Characters of a value in a message."""
@@ -321,9 +325,29 @@ _FLOAT = re.compile(
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML with the scalars of YAML 1.2: `1e-4` is a number, `no`, `1:30` and `2024-01-01` are text."""
+    """Safe YAML with the scalars of YAML 1.2: `1e-4` is a number, `no`, `1:30` and `2024-01-01` are text.
+
+    Depth and number of values are bounded: the scanner looks at every open bracket again for every token.
+    """
 
     yaml_implicit_resolvers: ClassVar[dict[Any, Any]] = {}
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._depth = self._values = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """The next value and all inside it, which PyYAML reads recursively."""
+        self._depth += 1
+        self._values += 1
+        if self._depth > DEPTH_LIMIT or self._values > VALUE_LIMIT:
+            limit = "nested too deep" if self._depth > DEPTH_LIMIT else f"more than {VALUE_LIMIT:,} values"
+            mark = self.peek_event().start_mark
+            raise yaml.YAMLError(f"{limit}, in line {mark.line + 1}")
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
 
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"(?:~|null|)$"), ["~", "n", ""])
@@ -369,8 +393,6 @@ def _parse(text: str, file: Path | None) -> _Node:
         return _Node(None, file, 1) if root is None else _converted(root, loader, file, seen=set())
     except RecipeError:
         raise
-    except RecursionError as error:
-        raise RecipeError(f"{file or 'command line'}: lists or mappings are nested too deep.") from error
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # the latter two: escapes beyond the last character
         raise RecipeError(f"{file or 'command line'}: not readable as YAML: {error}") from error
 

@@ -25,6 +25,7 @@ from mm.configure import (
     dump,
     find_preset,
     load,
+    parse_yaml,
     presets,
     resolve,
     to_yaml,
@@ -463,3 +464,18 @@ def test_a_module_in_the_working_directory_hides_no_library(folder: Path) -> Non
     )
     done = run("-c", code)
     assert done.stdout.strip().endswith(str(folder / "my_tower.py")), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("a: " + "[" * 900 + "b, " * 300_000, "nested too deep, in line 1"),
+        ("".join(f"{' ' * level}a:\n" for level in range(100)), "nested too deep, in line 64"),
+        (f"a: [{'b, ' * 100_000}]", "more than 100,000 values"),
+    ],
+)
+def test_yaml_that_would_take_minutes_to_read_is_refused_by_its_depth_or_number_of_values(
+    text: str, reason: str
+) -> None:
+    with pytest.raises(RecipeError, match=reason):
+        parse_yaml(text)
