@@ -203,6 +203,21 @@ def test_steps_without_weight_end_the_run_after_five_in_a_row(broken_recipe: Pat
         train_here(broken_recipe, "steps=12", "data.max_broken=1")
 
 
+@pytest.mark.parametrize("steps", [2, 4])
+def test_repeating_the_command_does_not_make_a_run_without_an_update_a_success(broken_recipe: Path, steps: int) -> None:
+    with pytest.raises(RunError, match="none of the 2 steps has made an update"):
+        train_here(broken_recipe, "steps=2", "data.max_broken=1", "log_every=2")
+    with pytest.raises(RunError, match=f"none of the {steps} steps has made an update"):
+        train_here(broken_recipe, f"steps={steps}", "data.max_broken=1", "log_every=2")
+
+
+def test_skipped_steps_in_a_row_are_counted_over_resumes(broken_recipe: Path) -> None:
+    with pytest.raises(RunError, match="none of the 3 steps"):
+        train_here(broken_recipe, "steps=3", "data.max_broken=1")
+    with pytest.raises(RunError, match="5 updates in a row were skipped, up to step 5"):
+        train_here(broken_recipe, "steps=12", "data.max_broken=1")
+
+
 def test_two_processes_skip_a_step_only_if_neither_has_weight(tmp_path: Path, write: Any) -> None:
     """In the first run one of two processes has only broken samples in each step, in the second both have in some."""
     (tmp_path / "data").mkdir()
@@ -276,3 +291,15 @@ def test_stopping_and_resuming_forgives_nothing(some_broken: Path) -> None:
         train_here(some_broken, "data.max_broken=0.01", "data.max_broken_after=300")
     with pytest.raises(RunError, match=r"[45] of 1\d samples .* allows 0\.01 of 300\."):
         train_here(some_broken, "data.max_broken=0.01", "data.max_broken_after=300")
+
+
+@pytest.mark.parametrize("end", ["epochs: 1.0", "steps: 10"])
+def test_a_stage_that_did_not_end_well_is_not_stepped_over_when_the_command_is_repeated(
+    some_broken: Path, end: str
+) -> None:
+    stages = ("epochs=null", f"stages=[{{{end}}}, {{steps: 2, data: {{max_broken: 1.0}}}}]")
+    for _ in range(2):
+        with pytest.raises(RunError, match=r"5 of 20 samples of this stage were broken, .* allows 0\.2 of 20"):
+            train_here(some_broken, "data.max_broken=0.2", *stages)
+    run = train_here(some_broken, "data.max_broken=0.25", *stages)
+    assert max(losses(run, "data/samples")) == 12
