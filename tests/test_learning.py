@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from mm.packing.plan import FORMAT, PlanChanged, PlanError
+from mm.report.history import History, Stage
 from mm.report.run import report_of_run
 from mm.sample import Image, Sample, Text
 from mm.train.export import export_run
@@ -24,6 +25,7 @@ from mm.train.stages import RunError
 from tests.shard_files import as_json, write_card, write_tar
 from tests.small_world import (
     ENCODERS,
+    fork_run,
     losses,
     picture,
     train_here,
@@ -271,6 +273,20 @@ def test_broken_samples_are_logged_counted_and_reported(
     page = report_of_run(run)
     assert re.search(r"5 of 20 \(25.0\s%\)", page)
     assert re.search(r"5 samples: undecodable picture.*; the first is mine, pairs-0.tar, row ", page)
+
+
+def test_the_report_counts_a_broken_sample_once_over_resumes_and_apart_from_validation(
+    tmp_path: Path, some_broken: Path
+) -> None:
+    (tmp_path / "held_out").mkdir()
+    held_out = write_source(tmp_path / "held_out", "pairs", rows=6, shards=1, broken=[1, 2])
+    changes = ["data.max_broken=1", f"data.validation={{held_out: {{card: {held_out}}}}}", "validate_every=2"]
+    run = train_here(some_broken, *changes)
+    again = fork_run(run, tmp_path / "again", step=4)
+    train_here(some_broken, *changes, f"run={again}")
+    for folder in (run, again):
+        counts = [(reason.split(":")[0], count) for reason, count, _ in History.read(Stage("a", folder)).reasons]
+        assert counts == [("undecodable picture", 5), ("validation", 2)]
 
 
 def test_a_run_with_more_broken_samples_than_allowed_does_not_end_well_however_short(some_broken: Path) -> None:

@@ -116,7 +116,7 @@ class Ledger:
         for name, reason in (broken for batch in batches for broken in batch.broken):
             if name not in self._validation:
                 self._validation.add(name)
-                self.note(f"validation: {name}: {reason}", sample=name, reason=reason)
+                self.note(f"validation: {name}: {reason}", sample=name, reason=reason, split="validation")
                 self._validation_log.log(f"broken validation sample, left out: {name}: {reason}")
         return _tally(batches)
 
