@@ -6,6 +6,7 @@ import json
 import logging
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from mm.report.history import History, Stage
 from mm.report.run import report_of_run
 from mm.sample import Image, Sample, Text
 from mm.train.export import export_run
+from mm.train.ledger import Ledger, Tally
 from mm.train.preview import preview
-from mm.train.recipe import Recipe
+from mm.train.recipe import DataOptions, Recipe
 from mm.train.sources import Blueprint, first_labels
 from mm.train.stages import RunError
 from tests.shard_files import as_json, write_card, write_tar
@@ -294,6 +296,16 @@ def test_a_run_with_more_broken_samples_than_allowed_does_not_end_well_however_s
         RunError, match=r"5 of 20 samples of this stage were broken, and data\.max_broken allows 0\.2 of 20"
     ):
         train_here(some_broken, "data.max_broken=0.2")
+
+
+def test_a_share_that_is_met_exactly_is_allowed(tmp_path: Path) -> None:
+    for broken in range(101):
+        options = DataOptions({}, max_broken=float(f"0.{broken:02d}") if broken < 100 else 1.0, max_broken_after=0)
+        Ledger(tmp_path, options).count(Tally(100, broken))
+        with pytest.raises(RunError, match="samples of this stage were broken"):
+            Ledger(tmp_path, replace(options, max_broken=max(0.0, options.max_broken - 1e-9))).count(
+                Tally(100, broken + 1)
+            )
 
 
 def test_the_share_is_of_a_stated_number_of_samples_at_first(some_broken: Path) -> None:

@@ -136,7 +136,7 @@ class Ledger:
 
     def _check(self, samples: int) -> None:
         broken, most = self._stage.broken, self._options.max_broken
-        if broken <= most * samples:
+        if not broken or broken / samples <= most:  # 0.29 * 100 is less than 29, and 29 / 100 is 0.29
             return
         last = "".join(f"\n  {event}" for event in self._last)
         raise RunError(
