@@ -19,6 +19,7 @@ import open_clip
 import pytest
 import timm
 import torch
+import torchaudio
 import yaml
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
@@ -47,7 +48,7 @@ from mm.configure import RecipeError, build
 from mm.encoders.adapters import MLP
 from mm.encoders.base import Adapter, Encoder, Grid
 from mm.encoders.point import PointGroupEncoder, PointTransform
-from mm.encoders.speech import SpeechTransform, WhisperEncoder, log_mel
+from mm.encoders.speech import SpeechTransform, WhisperEncoder, log_mel, resample_by_phase
 from mm.encoders.vision import (
     ImageTransform,
     OpenClipEncoder,
@@ -670,8 +671,27 @@ def test_every_sampling_rate_gives_the_promised_length(frames: int, rate: int) -
 
 
 def test_a_sampling_rate_with_a_gigantic_filter_is_broken_media() -> None:
-    with pytest.raises(BrokenMedia, match="sampling rate of 44101 Hz"):
-        SpeechTransform().prepare(recording(100, 44_101))
+    with pytest.raises(BrokenMedia, match="sampling rate of 1000003 Hz"):
+        SpeechTransform().prepare(recording(100, 1_000_003))
+
+
+@pytest.mark.parametrize("rate", [7_350, 8_000, 11_025, 22_255, 44_100, 96_000])
+@pytest.mark.parametrize("frames", [1, 30_001])
+def test_resampling_by_phase_gives_what_torchaudio_does(frames: int, rate: int) -> None:
+    waveform = torch.from_numpy(recording(frames, rate).samples)
+    expected = torchaudio.functional.resample(waveform.double(), rate, 16_000)
+    resampled = resample_by_phase(waveform, rate)
+    assert len(resampled) == math.ceil(frames * 16_000 / rate)
+    torch.testing.assert_close(resampled[: len(expected)].double(), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("rate", [7_993, 11_127, 22_254, 44_101])
+def test_rates_with_no_common_divisor_are_resampled(rate: int) -> None:
+    """Early computers recorded at 22254 and 11127 Hz."""
+    seconds = np.arange(rate) / rate
+    prepared = SpeechTransform().prepare(Waveform(np.sin(2 * np.pi * 440 * seconds).astype(np.float32) / 2, rate))
+    expected = np.sin(2 * np.pi * 440 * np.arange(16_000) / 16_000) / 2
+    np.testing.assert_allclose(prepared[100:-100].numpy() / 32768, expected[100:-100], atol=2e-3)
 
 
 def test_resampling_keeps_the_pitch() -> None:

@@ -6,6 +6,7 @@ import json
 import logging
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,19 @@ import torch
 from safetensors.torch import load_file
 
 from mm.packing.plan import FORMAT, PlanChanged, PlanError
+from mm.report.history import History, Stage
 from mm.report.run import report_of_run
 from mm.sample import Image, Sample, Text
 from mm.train.export import export_run
+from mm.train.ledger import Ledger, Tally
 from mm.train.preview import preview
-from mm.train.recipe import Recipe
+from mm.train.recipe import DataOptions, Recipe
 from mm.train.sources import Blueprint, first_labels
 from mm.train.stages import RunError
 from tests.shard_files import as_json, write_card, write_tar
 from tests.small_world import (
     ENCODERS,
+    fork_run,
     losses,
     picture,
     train_here,
@@ -203,6 +207,21 @@ def test_steps_without_weight_end_the_run_after_five_in_a_row(broken_recipe: Pat
         train_here(broken_recipe, "steps=12", "data.max_broken=1")
 
 
+@pytest.mark.parametrize("steps", [2, 4])
+def test_repeating_the_command_does_not_make_a_run_without_an_update_a_success(broken_recipe: Path, steps: int) -> None:
+    with pytest.raises(RunError, match="none of the 2 steps has made an update"):
+        train_here(broken_recipe, "steps=2", "data.max_broken=1", "log_every=2")
+    with pytest.raises(RunError, match=f"none of the {steps} steps has made an update"):
+        train_here(broken_recipe, f"steps={steps}", "data.max_broken=1", "log_every=2")
+
+
+def test_skipped_steps_in_a_row_are_counted_over_resumes(broken_recipe: Path) -> None:
+    with pytest.raises(RunError, match="none of the 3 steps"):
+        train_here(broken_recipe, "steps=3", "data.max_broken=1")
+    with pytest.raises(RunError, match="5 updates in a row were skipped, up to step 5"):
+        train_here(broken_recipe, "steps=12", "data.max_broken=1")
+
+
 def test_two_processes_skip_a_step_only_if_neither_has_weight(tmp_path: Path, write: Any) -> None:
     """In the first run one of two processes has only broken samples in each step, in the second both have in some."""
     (tmp_path / "data").mkdir()
@@ -258,11 +277,35 @@ def test_broken_samples_are_logged_counted_and_reported(
     assert re.search(r"5 samples: undecodable picture.*; the first is mine, pairs-0.tar, row ", page)
 
 
+def test_the_report_counts_a_broken_sample_once_over_resumes_and_apart_from_validation(
+    tmp_path: Path, some_broken: Path
+) -> None:
+    (tmp_path / "held_out").mkdir()
+    held_out = write_source(tmp_path / "held_out", "pairs", rows=6, shards=1, broken=[1, 2])
+    changes = ["data.max_broken=1", f"data.validation={{held_out: {{card: {held_out}}}}}", "validate_every=2"]
+    run = train_here(some_broken, *changes)
+    again = fork_run(run, tmp_path / "again", step=4)
+    train_here(some_broken, *changes, f"run={again}")
+    for folder in (run, again):
+        counts = [(reason.split(":")[0], count) for reason, count, _ in History.read(Stage("a", folder)).reasons]
+        assert counts == [("undecodable picture", 5), ("validation", 2)]
+
+
 def test_a_run_with_more_broken_samples_than_allowed_does_not_end_well_however_short(some_broken: Path) -> None:
     with pytest.raises(
         RunError, match=r"5 of 20 samples of this stage were broken, and data\.max_broken allows 0\.2 of 20"
     ):
         train_here(some_broken, "data.max_broken=0.2")
+
+
+def test_a_share_that_is_met_exactly_is_allowed(tmp_path: Path) -> None:
+    for broken in range(101):
+        options = DataOptions({}, max_broken=float(f"0.{broken:02d}") if broken < 100 else 1.0, max_broken_after=0)
+        Ledger(tmp_path, options).count(Tally(100, broken))
+        with pytest.raises(RunError, match="samples of this stage were broken"):
+            Ledger(tmp_path, replace(options, max_broken=max(0.0, options.max_broken - 1e-9))).count(
+                Tally(100, broken + 1)
+            )
 
 
 def test_the_share_is_of_a_stated_number_of_samples_at_first(some_broken: Path) -> None:
@@ -276,3 +319,15 @@ def test_stopping_and_resuming_forgives_nothing(some_broken: Path) -> None:
         train_here(some_broken, "data.max_broken=0.01", "data.max_broken_after=300")
     with pytest.raises(RunError, match=r"[45] of 1\d samples .* allows 0\.01 of 300\."):
         train_here(some_broken, "data.max_broken=0.01", "data.max_broken_after=300")
+
+
+@pytest.mark.parametrize("end", ["epochs: 1.0", "steps: 10"])
+def test_a_stage_that_did_not_end_well_is_not_stepped_over_when_the_command_is_repeated(
+    some_broken: Path, end: str
+) -> None:
+    stages = ("epochs=null", f"stages=[{{{end}}}, {{steps: 2, data: {{max_broken: 1.0}}}}]")
+    for _ in range(2):
+        with pytest.raises(RunError, match=r"5 of 20 samples of this stage were broken, .* allows 0\.2 of 20"):
+            train_here(some_broken, "data.max_broken=0.2", *stages)
+    run = train_here(some_broken, "data.max_broken=0.25", *stages)
+    assert max(losses(run, "data/samples")) == 12

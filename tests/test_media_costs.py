@@ -166,7 +166,7 @@ def test_what_a_picture_carries_along_does_not_reach_what_is_made_of_it() -> Non
     assert thumbnail(long).startswith("data:image/jpeg")
 
 
-@pytest.mark.parametrize("rate", [7993, 44_101, 2**31 - 1])
+@pytest.mark.parametrize("rate", [999_983, 2**31 - 1])
 def test_a_rate_whose_filter_would_fill_the_memory_is_broken(rate: int) -> None:
     with pytest.raises(BrokenMedia, match=f"sampling rate of {rate} Hz"):
         SpeechTransform().prepare(Waveform(np.zeros(100, np.float32), rate))

@@ -105,6 +105,15 @@ def test_a_modality_of_weight_0_is_in_neither_the_loss_nor_its_normaliser(
     assert [float(value) for value in sums["modality/image"]] == [0, 0]
 
 
+def test_a_batch_with_labels_of_a_modality_of_weight_0_only_has_nothing_to_learn_from(tokenizer: TextTokenizer) -> None:
+    """A step without weight is skipped: its weights are not to decay either."""
+    batch = labelled_batch(tokenizer)
+    only_text = replace(batch, weights=batch.weights * (batch.modality.roll(-1) == Modality.TEXT))
+    objective = NextToken(modality_weights={"text": 0.0}, normalise="by_modality")
+    assert any(objective.weights([batch]).values())
+    assert not any(objective.weights([only_text]).values())
+
+
 def test_a_share_of_smoothing_that_leaves_nothing_to_the_label_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"label_smoothing is 1\.0; expected a share from 0 to below 1"):
         NextToken(label_smoothing=1.0)
@@ -135,7 +144,7 @@ def test_without_weights_of_modalities_the_batch_is_taken_as_it_is(tokenizer: Te
 
 
 @pytest.mark.parametrize(
-    ("weights", "message"), [({"pictures": 1.0}, "expected text, image, speech, point"), ({"image": -1.0}, "from 0 on")]
+    ("weights", "message"), [({"pictures": 1.0}, "expected text, image, speech, point"), ({"image": -1.0}, "a number from 0 to")]
 )
 def test_an_unknown_modality_or_a_weight_below_0_is_refused(weights: dict[str, float], message: str) -> None:
     with pytest.raises(RecipeError, match=message):

@@ -399,7 +399,7 @@ def test_the_ledger_is_shown_as_text(run: Path, tmp_path: Path) -> None:
     (copy / "ledger.jsonl").write_text(json.dumps({"event": HOSTILE}) + "\n")
     page = report_of_run(copy)
     check_page(page)
-    assert "Samples replaced, updates skipped 1" in text_of(page)
+    assert "Events in the ledger 1" in text_of(page)
     assert HOSTILE in text_of(page)
 
 

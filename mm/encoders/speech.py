@@ -38,8 +38,15 @@ STRIDE = 2 * HOP
 WINDOW = 30 * RATE
 """Samples of the longest window."""
 LARGEST_FILTER = 2**24
-"""Most values of the filter that resamples a rate to 16 kHz, about the product of both without their common divisor:
-2^17 for CDs. While it is computed it takes some 16 bytes for each value."""
+"""Most values of the filter by which torchaudio resamples a rate to 16 kHz, about the product of both without their
+common divisor: 2^17 for CDs. While it is computed it takes some 16 bytes for each value."""
+LARGEST_PHASES = 2**22
+"""Most values of the filter of `resample_by_phase`, which leaves out the zeros: about 12 times the rate without what it
+has in common with 16 kHz."""
+ZEROS = 6
+"""Zero crossings of the filter on each side of its middle, as in `torchaudio.functional.resample`."""
+ROLLOFF = 0.99
+"""Share of the lower Nyquist frequency that passes, as there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +74,11 @@ class SpeechTransform(Transform):
             BrokenMedia: a sampling rate that no recorder uses and whose resampling filter would fill the memory.
         """
         common, around = math.gcd(item.rate, RATE), 14  # values that a filter has beyond its rate, on the slower side
-        if (item.rate // common + around) * (RATE // common + around) > LARGEST_FILTER:
-            raise BrokenMedia(f"sampling rate of {item.rate} Hz, which has too small a common divisor with {RATE}")
         waveform = torch.from_numpy(np.asarray(item.samples, np.float32))
         length = _resampled(len(waveform), item.rate)
-        if item.rate != RATE:
+        if (item.rate // common + around) * (RATE // common + around) > LARGEST_FILTER:
+            waveform = resample_by_phase(waveform, item.rate)
+        elif item.rate != RATE:
             # Its own output length goes through a 32-bit float and may be off by some samples after 17 minutes.
             waveform = torchaudio.functional.resample(waveform, item.rate, RATE)
             waveform = F.pad(waveform, (0, max(0, length - len(waveform))))[:length]
@@ -214,6 +221,36 @@ def _mel_filters(mels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
     filters = mel_filter_bank(1 + FFT // 2, mels, 0.0, RATE / 2, RATE, norm="slaney", mel_scale="slaney")
     return torch.from_numpy(filters.T).to(device, dtype)
+
+
+def resample_by_phase(waveform: Tensor, rate: int) -> Tensor:
+    """(samples,) float32 at 16 kHz of (frames,) float32 at a rate, as `torchaudio.functional.resample` defines it.
+
+    Samples lie between two frames at some of up to 16,000 phases. For each, torchaudio keeps a filter that is zero but
+    for a few of its `rate` values; for the 22254 Hz of early computers that is a gigabyte. This one keeps those few.
+
+    Raises:
+        BrokenMedia: they are too many, too.
+    """
+    scale = min(1.0, RATE / rate) * ROLLOFF  # zero crossings of the filter per frame
+    reach = math.ceil(ZEROS / scale)
+    length, phases = _resampled(len(waveform), rate), RATE // math.gcd(rate, RATE)
+    if phases * (2 * reach + 1) > LARGEST_PHASES:
+        raise BrokenMedia(f"sampling rate of {rate} Hz, which has too small a common divisor with {RATE}")
+    ticks = torch.arange(min(length, phases)) * rate  # RATE of them are a frame
+    taps = torch.arange(2 * reach + 1)
+    crossings = (taps - reach - (ticks % RATE)[:, None].double() / RATE) * scale
+    crossings.clamp_(-ZEROS, ZEROS)
+    hann = torch.cos(crossings * (math.pi / ZEROS / 2)).square()
+    filters = (torch.sinc(crossings) * hann * scale).float()  # (phases, taps)
+    frames = F.pad(waveform, (reach, reach + 1))
+    resampled = torch.empty(length)
+    for start in range(0, length, phases):
+        block = resampled[start : start + phases]
+        samples = torch.arange(start, start + len(block))
+        near = frames[(samples * rate // RATE)[:, None] + taps]
+        torch.sum(near.mul_(filters[: len(block)]), 1, out=block)
+    return resampled
 
 
 def _resampled(frames: int, rate: int) -> int:

@@ -107,7 +107,8 @@ class NextToken(Objective):
             return together
         sums = sum(_by_modality(batch) for batch in batches)
         assert isinstance(sums, Tensor)
-        return together | {_own(modality): weight for modality, weight in zip(Modality, sums.tolist(), strict=True)}
+        own = zip(Modality, sums.tolist(), strict=True)  # a modality left out of the loss is nothing to learn from
+        return together | {_own(modality): weight if self._factor(modality) else 0.0 for modality, weight in own}
 
     def loss(
         self, model: nn.Module, batch: Batch, denominators: Mapping[str, float], sources: Sequence[str]

@@ -77,8 +77,9 @@ class History:
     """A run as its folder records it.
 
     reports: the lines of ``metrics.jsonl``; figures that were not finite are None
-    events: the lines of ``ledger.jsonl``: samples replaced by padding, skipped updates
-    reasons: why samples were broken, the most frequent first: (reason, how many, the first of them)
+    events: the lines of ``ledger.jsonl``: broken samples, skipped updates, spikes
+    reasons: why samples were broken, the most frequent first: (reason, how many different
+        ones, the first of them)
     pictures: what validation has shown of an autoencoder, by step
     """
 
@@ -273,13 +274,14 @@ class History:
 
 
 def _reasons(ledger: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, int, str], ...]:
-    """As `History.reasons`, of the lines of a ledger."""
-    samples: dict[str, list[str]] = {}
+    """As `History.reasons`, of the lines of a ledger. Later epochs, and resumes from before a sample, name it again."""
+    samples: dict[str, dict[str, None]] = {}
     for line in ledger:
         if "reason" in line:
-            samples.setdefault(line["reason"], []).append(line["sample"])
+            reason = f"{line['split']}: {line['reason']}" if "split" in line else line["reason"]
+            samples.setdefault(reason, {})[line["sample"]] = None
     by_count = sorted(samples.items(), key=lambda item: -len(item[1]))
-    return tuple((reason, len(names), names[0]) for reason, names in by_count)
+    return tuple((reason, len(names), next(iter(names))) for reason, names in by_count)
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -221,7 +221,7 @@ def _facts(histories: Sequence[History]) -> dict[str, list[str]]:
     if any(sum(history.counts("skipped_updates")) for history in histories):
         rows["Skipped updates"] = [f"{sum(history.counts('skipped_updates')):,}" for history in histories]
     if any(history.events for history in histories):
-        rows["Samples replaced, updates skipped"] = [f"{len(history.events):,}" for history in histories]
+        rows["Events in the ledger"] = [f"{len(history.events):,}" for history in histories]
     rows["Machine"] = [history.versions.get("device", "–") for history in histories]
     return rows
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import faulthandler
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -99,15 +99,22 @@ NO_WEIGHT = Cause(
 class Skips:
     """Steps whose update was skipped: counted, logged, named in the ledger, and not without end.
 
+    The counts continue from what a resumed run had reported, as those of broken samples do.
+
     Args:
+        reports: the lines of ``metrics.jsonl`` of the steps of the stage that are done.
         logs: whether this process logs them; one does.
     """
 
-    def __init__(self, ledger: Ledger, data: PlannedData, *, logs: bool) -> None:
+    def __init__(
+        self, ledger: Ledger, data: PlannedData, reports: Sequence[Mapping[str, Any]] = (), *, logs: bool
+    ) -> None:
         self._ledger, self._data = ledger, data
         self._log = Sparing("skipped updates", ledger.path) if logs else None
-        self._in_a_row = self._skipped = self._unreported = 0
-        self._cause = NOT_FINITE
+        self._skipped = int(sum(line.get("skipped_updates", 0) for line in reports))
+        self._in_a_row = int(reports[-1].get("skipped_in_a_row", 0)) if reports else 0
+        self._unreported = 0
+        self._cause: Cause | None = None
 
     def add(self, step: int, cause: Cause | None, batches: Sequence[Batch]) -> None:
         """Count a step, done or skipped for a cause.
@@ -131,13 +138,15 @@ class Skips:
 
     def check_end(self, steps: int) -> None:
         """Raise `RunError` if none of all `steps` of a stage has made an update: it has learned nothing."""
+        why = f", at last because {_explained(self._cause)}" if self._cause else f": see {self._ledger.path}"
         if self._skipped and self._skipped == steps:
-            raise RunError(f"none of the {steps} steps has made an update, at last because {_explained(self._cause)}")
+            raise RunError(f"none of the {steps} steps has made an update{why}")
 
     def figures(self) -> dict[str, float]:
-        """``skipped_updates`` since the last report."""
+        """``skipped_updates`` since the last report, and ``skipped_in_a_row`` up to now if the last one was."""
         since, self._unreported = self._unreported, 0
-        return {"skipped_updates": since}
+        in_a_row: dict[str, float] = {"skipped_in_a_row": self._in_a_row} if self._in_a_row else {}
+        return {"skipped_updates": since, **in_a_row}
 
 
 def _explained(cause: Cause) -> str:

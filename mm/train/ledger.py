@@ -9,7 +9,7 @@ batches ─▶ Ledger.add ─Σ over processes─▶ Ledger.count ─▶ data/sa
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -39,11 +39,9 @@ class Tally(NamedTuple):
     broken: int = 0
 
     @classmethod
-    def reported(cls, metrics: Path, steps: range) -> Self:
-        """What a run has reported of some of its steps."""
-        lines = [line for _, line in lines_before(metrics, steps.stop)] if metrics.exists() else []
-        mine = [line for line in lines if line["step"] in steps]
-        return cls(*(int(sum(line.get(f"data/{name}", 0) for line in mine)) for name in cls._fields))
+    def reported(cls, reports: Sequence[Mapping[str, Any]]) -> Self:
+        """What a run has reported, by the lines of its ``metrics.jsonl``."""
+        return cls(*(int(sum(line.get(f"data/{name}", 0) for line in reports)) for name in cls._fields))
 
     def plus(self, other: Tally) -> Tally:
         return Tally(self.samples + other.samples, self.broken + other.broken)
@@ -51,6 +49,13 @@ class Tally(NamedTuple):
     @property
     def share(self) -> float:
         return self.broken / self.samples if self.samples else 0.0
+
+
+def reports_of(folder: Path, steps: range) -> list[dict[str, Any]]:
+    """The lines of ``metrics.jsonl`` of a run that are about some of its steps."""
+    metrics = folder / "metrics.jsonl"
+    lines = [line for _, line in lines_before(metrics, steps.stop)] if metrics.exists() else []
+    return [line for line in lines if line["step"] in steps]
 
 
 class Sparing:
@@ -76,15 +81,17 @@ class Ledger:
     The count goes on where a resumed run had reported to, so that stopping and resuming forgives nothing.
 
     Args:
-        done: the steps of the stage that are done.
+        reports: the lines of ``metrics.jsonl`` of the steps of the stage that are done.
         writes: of processes that share their streams one does.
     """
 
-    def __init__(self, folder: Path, options: DataOptions, done: range = range(0), *, writes: bool = True) -> None:
+    def __init__(
+        self, folder: Path, options: DataOptions, reports: Sequence[Mapping[str, Any]] = (), *, writes: bool = True
+    ) -> None:
         self.path = folder / "ledger.jsonl"
         self._options = options
         self._writes = writes
-        self._stage = Tally.reported(folder / "metrics.jsonl", done)
+        self._stage = Tally.reported(reports)
         self._unreported = Tally()
         self._last: list[str] = []
         self._log = Sparing("broken samples", self.path)
@@ -109,7 +116,7 @@ class Ledger:
         for name, reason in (broken for batch in batches for broken in batch.broken):
             if name not in self._validation:
                 self._validation.add(name)
-                self.note(f"validation: {name}: {reason}", sample=name, reason=reason)
+                self.note(f"validation: {name}: {reason}", sample=name, reason=reason, split="validation")
                 self._validation_log.log(f"broken validation sample, left out: {name}: {reason}")
         return _tally(batches)
 
@@ -129,7 +136,7 @@ class Ledger:
 
     def _check(self, samples: int) -> None:
         broken, most = self._stage.broken, self._options.max_broken
-        if broken <= most * samples:
+        if not broken or broken / samples <= most:  # 0.29 * 100 is less than 29, and 29 / 100 is 0.29
             return
         last = "".join(f"\n  {event}" for event in self._last)
         raise RunError(

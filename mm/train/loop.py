@@ -37,7 +37,7 @@ from mm.train.engine import build_engine, check_engine
 from mm.train.faults import NO_WEIGHT, NOT_FINITE, Skips, Watchdog, out_of_memory_explained, samples_of
 from mm.train.guard import Guard, GuardOptions, Spike
 from mm.train.interrupts import Interrupts, Stopped, leave_to_the_run, seconds_of
-from mm.train.ledger import Ledger, Tally
+from mm.train.ledger import Ledger, Tally, reports_of
 from mm.train.memory import Memory, check_memory, memory_of_a_process
 from mm.train.meter import Meter, device_peak, training_factors
 from mm.train.optim import freeze, set_learning_rate
@@ -132,6 +132,8 @@ def run(
 
     saved = checkpoint.read_position(last) if last else None
     begins = saved is not None and len(saved.finished) < stage.number
+    if begins and saved:
+        check_stage_before(whole.stage_recipes()[stage.number - 1], data, saved, stage.begin)
     torch.manual_seed(recipe.seed)
     model = build_trainable(recipe.model, meta=not world.is_first).train()  # `build_engine` gives others their weights
     objective.prepare(model, data.blueprint.processor, world.device)
@@ -166,10 +168,11 @@ def run(
     memory = Memory(world.device, engine.held())
     meter = Meter(objective.losses(data.names), factors, peak, world.sum, position.tokens, clock, memory, world.max)
     steps_done = range(stage.begin + 1, position.step + 1)
-    ledger = Ledger(folder, recipe.data, steps_done, writes=share.index == 0)
+    reports = reports_of(folder, steps_done)
+    ledger = Ledger(folder, recipe.data, reports, writes=share.index == 0)
     seen = Seen(folder / "seen", world, position.step + 1, writes=share.index == 0)
     guard = Guard(recipe.guard, folder, steps_done, writes=world.is_first) if recipe.guard else None
-    skips = Skips(ledger, data, logs=world.is_first)
+    skips = Skips(ledger, data, reports, logs=world.is_first)
 
     with (
         closing(engine),
@@ -353,6 +356,21 @@ def check_plan(position: Position, data: PlannedData, resumed: Path) -> None:
             f"{resumed} was saved under another plan ({position.plan[:8]}, now {data.plan.fingerprint[:8]}): its pack "
             "numbers mean other samples. Restore the recipe's data and packing, or start a new run with init_from"
         )
+
+
+def check_stage_before(recipe: Recipe, data: PlannedData, saved: Position, end: int) -> None:
+    """Raise `RunError` if, by its reports, the stage that ended at this step did not end well.
+
+    It did so when it ended. Without this, repeating the command would go on with the next stage all the same.
+
+    Args:
+        recipe: of that stage. saved: its last position.
+    """
+    steps = range(saved.finished[-1].step + 1 if saved.finished else 1, end + 1)
+    reports = reports_of(recipe.folder, steps)
+    ledger = Ledger(recipe.folder, recipe.data, reports, writes=False)
+    ledger.check_end()
+    Skips(ledger, data, reports, logs=False).check_end(len(steps))
 
 
 @contextmanager
