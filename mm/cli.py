@@ -707,6 +707,7 @@ def main() -> None:
     What memory, a disk or permissions stopped is a sentence and exit status 1, see `mm.data.failures`.
     """
     terminal.replace_what_cannot_be_encoded()
+    terminal.clean_what_libraries_say()
     keep_working_directory_out()
     try:
         app()
