@@ -46,6 +46,15 @@ def allow(modules: Iterable[str]) -> None:
     os.environ[VARIABLE] = ",".join(dict.fromkeys([*_from_variable(), *_names(",".join(modules), "--allow")]))
 
 
+def keep_working_directory_out() -> None:
+    """Let processes that this one starts look for no module in the working directory.
+
+    A spawned process is ``python -c``, which looks there first, for Python's own modules too, until it is given the
+    path of the process that spawned it.
+    """
+    os.environ.setdefault("PYTHONSAFEPATH", "1")
+
+
 def allowed() -> list[str]:
     """Names of the modules that the user allows.
 

@@ -19,7 +19,7 @@ import typer
 from rich.table import Table
 
 from mm import configure, terminal
-from mm.allow import allow
+from mm.allow import allow, keep_working_directory_out
 from mm.configure import RecipeError
 from mm.data.failures import Stopped, in_sentences
 from mm.terminal import console, errors, paragraph, printable, styled
@@ -707,6 +707,8 @@ def main() -> None:
     What memory, a disk or permissions stopped is a sentence and exit status 1, see `mm.data.failures`.
     """
     terminal.replace_what_cannot_be_encoded()
+    terminal.clean_what_libraries_say()
+    keep_working_directory_out()
     try:
         app()
     except Exception as error:

@@ -25,7 +25,30 @@ def from_pretrained(kind: Any, name: str | Path, **options: Any) -> Any:
         BringsCode: it has none that fits.
     """
     with no_code_of(name):
-        return kind.from_pretrained(str(name), trust_remote_code=False, **options)
+        found = kind.from_pretrained(str(name), trust_remote_code=False, **options)
+    _refuse_kernels(found, name)
+    return found
+
+
+OWN_ATTENTION = (None, "eager", "sdpa", "flex_attention")
+"""Implementations of attention that need no kernel from the hub."""
+
+
+def _refuse_kernels(config: Any, name: str | Path) -> None:
+    """Raise `BringsCode` if a configuration, or one inside it, names a kernel, which transformers would fetch and run.
+
+    Args:
+        config: what was loaded; anything but a configuration names none.
+    """
+    from transformers import PreTrainedConfig
+
+    for part in (config, *vars(config).values()) if isinstance(config, PreTrainedConfig) else ():
+        attention = getattr(part, "_attn_implementation", None) if isinstance(part, PreTrainedConfig) else None
+        if attention not in OWN_ATTENTION:
+            raise BringsCode(
+                f"{name}: its config.json names the attention kernel {attention!r}, code from the hub, which is not "
+                f"fetched or run; remove `attn_implementation` from that file"
+            )
 
 
 @contextmanager

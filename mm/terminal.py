@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 import sys
 import unicodedata
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, LiteralString, TypeVar
 
@@ -143,6 +145,23 @@ def logger(name: str) -> logging.Logger:
 def _clean_record(record: logging.LogRecord) -> bool:
     record.msg, record.args = _lines(record.getMessage(), "  "), ()
     return True
+
+
+class _CleanRecord(logging.LogRecord):
+    """A message of any library: its lines without what acts on a terminal, colours included."""
+
+    def getMessage(self) -> str:
+        return _lines(_COLOUR.sub("", super().getMessage()), "  ")
+
+
+_COLOUR = re.compile(r"\x1b\[[\d;]*m")
+
+
+def clean_what_libraries_say() -> None:
+    """Let logs and warnings of libraries be printable: they quote names of tensors, keys and files of anybody."""
+    logging.setLogRecordFactory(_CleanRecord)
+    written = warnings.formatwarning
+    warnings.formatwarning = lambda *about, **more: _lines(written(*about, **more), "")
 
 
 def replace_what_cannot_be_encoded() -> None:

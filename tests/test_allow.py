@@ -16,6 +16,7 @@ import mm
 from mm.allow import VARIABLE, AllowError, allow, allow_file, allowed, import_allowed, is_available
 from mm.configure import RecipeError, build
 from mm.encoders.base import Encoder
+from tests.shard_files import write_tar
 
 ROOT = Path(mm.__file__).parent.parent
 OWN = "open('it-ran', 'w').close()\nfrom mm.encoders.vision import TimmEncoder\nclass Tower(TimmEncoder): pass\n"
@@ -84,6 +85,30 @@ def test_a_spawned_process_inherits_what_is_allowed(folder: Path) -> None:
     command, environment = [sys.executable, "-c", code], os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "own_tower"
+
+
+@pytest.mark.parametrize("command", [["bin/installed.py"], ["-m", "mm"]], ids=["mm", "python -m mm"])
+def test_a_command_and_its_workers_run_no_file_that_is_named_like_a_library(folder: Path, command: list[str]) -> None:
+    (folder / "bin").mkdir()
+    (folder / "bin" / "installed.py").write_text("from mm.cli import main\nif __name__ == '__main__':\n    main()\n")
+    (folder / "card.yaml").write_text(
+        "{name: own, licence: CC0-1.0, origin: here, format: webdataset, splits: {train: {shards: ['{0..1}.tar']}},\n"
+        "sample: [text: txt]}"
+    )
+    for number in range(2):
+        write_tar(folder / f"{number}.tar", [("0.txt", b"a cat")])
+    for library in ("yaml", "torch", "selectors", "socket"):
+        (folder / f"{library}.py").write_text("open('it-ran', 'w').close()\n")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+    environment["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run(
+        [sys.executable, *command, "index", "card.yaml", "--processes", "2"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, ran(folder)) == (0, False), done.stderr
 
 
 @pytest.mark.parametrize("name", ["own_package", "own_package.inner"])

@@ -12,6 +12,8 @@ import pytest
 from tokenizers import Tokenizer, models
 
 import mm
+from mm.encoders.vision import TransformersVisionEncoder
+from mm.pretrained import BringsCode
 
 ROOT = Path(mm.__file__).parent.parent
 LOADERS = {
@@ -82,3 +84,15 @@ def test_code_of_a_folder_is_refused_with_a_sentence(said: dict[str, str], name:
 @pytest.mark.parametrize("name", ["text", "vision", "speech"])
 def test_the_sentence_names_the_class_and_the_file_that_asks_for_it(said: dict[str, str], name: str) -> None:
     assert f"own.Own in {'tokenizer_config.json' if name == 'text' else 'config.json'}" in said[name]
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["in the configuration", "in the vision tower's"])
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+@pytest.mark.parametrize("kernel", ["stranger/attention", "kernels-community/flash-attn2:fn", "flash_attention_2"])
+def test_an_attention_kernel_that_a_configuration_names_is_refused(
+    tmp_path: Path, kernel: str, key: str, inside: bool
+) -> None:
+    content = {"model_type": "siglip", key: {"vision_config": kernel} if inside else kernel}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(BringsCode, match=f"names the attention kernel '{kernel}'"):
+        TransformersVisionEncoder(str(tmp_path), pretrained=False)

@@ -224,6 +224,27 @@ main()
 """
 
 
+LIBRARY = """
+import logging, sys, warnings
+from mm import cli
+def app():
+    name = sys.argv[1]
+    logging.getLogger("library").warning("\\x1b[31munexpected tensor\\x1b[0m %s", name)
+    warnings.warn(f"odd field {name}")
+cli.app = app
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_what_libraries_log_and_warn_of_cannot_act_on_the_terminal(text: str) -> None:
+    command = [sys.executable, "-c", LIBRARY, text.encode("utf-8", "replace").decode()]
+    done = subprocess.run(command, env=environment(), capture_output=True, check=True)
+    shown = done.stderr.decode()
+    assert ("unexpected tensor" in shown, "odd field" in shown) == (True, True)
+    assert [letter for letter in shown if not letter.isprintable() and letter not in "\n\t"] == []
+
+
 def test_an_error_that_nobody_expected_is_a_traceback_without_control_characters() -> None:
     command = [sys.executable, "-c", FAIL]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
