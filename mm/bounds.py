@@ -13,7 +13,7 @@ from typing import Annotated
 
 @dataclass(frozen=True)
 class Between:
-    """Numbers from `low` to `high`, both included; without `low` where `above` is set. An infinite `high` admits infinity."""
+    """Numbers from `low` to `high`, both included; without `low` where `above` is set."""
 
     low: float
     high: float
