@@ -144,7 +144,8 @@ def test_without_weights_of_modalities_the_batch_is_taken_as_it_is(tokenizer: Te
 
 
 @pytest.mark.parametrize(
-    ("weights", "message"), [({"pictures": 1.0}, "expected text, image, speech, point"), ({"image": -1.0}, "a number from 0 to")]
+    ("weights", "message"),
+    [({"pictures": 1.0}, "expected text, image, speech, point"), ({"image": -1.0}, "a number from 0 to")],
 )
 def test_an_unknown_modality_or_a_weight_below_0_is_refused(weights: dict[str, float], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
