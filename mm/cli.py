@@ -79,7 +79,7 @@ def show_preset(path: Annotated[str, typer.Argument(help="such as encoders/sigli
     """The content of a preset, and where it lies."""
     file = configure.find_preset(path)
     errors.print(f"# {file}", soft_wrap=True)
-    console.print(paragraph(file.read_text(encoding="utf-8")), soft_wrap=True, end="")
+    console.print(paragraph(file.read_text(encoding="utf-8", errors="replace")), soft_wrap=True, end="")
 
 
 @preset_app.command("copy")
