@@ -79,7 +79,7 @@ def show_preset(path: Annotated[str, typer.Argument(help="such as encoders/sigli
     """The content of a preset, and where it lies."""
     file = configure.find_preset(path)
     errors.print(f"# {file}", soft_wrap=True)
-    console.print(paragraph(file.read_text(encoding="utf-8")), soft_wrap=True, end="")
+    console.print(paragraph(file.read_text(encoding="utf-8", errors="replace")), soft_wrap=True, end="")
 
 
 @preset_app.command("copy")
@@ -590,6 +590,8 @@ def show_sample(
     from mm.sample import MediaPart, Text
 
     rows = index_card(load_card(card, cache, cache_folder), split, folder.expanduser())
+    if row >= rows.rows:
+        raise RecipeError(f"{card}: no row {row:,}; its split {split!r} has {rows.rows:,} rows, counted from 0")
     sample = rows.sample(row)
     where = f", row {row} of {rows.rows} in {sample.source}/{split}"
     console.print(styled((printable(sample.key), "bold"), where), soft_wrap=True)

@@ -183,14 +183,15 @@ def presets() -> dict[str, list[Preset]]:
     for folder in PRESET_FOLDERS:
         files: dict[str, Path] = {}
         for root in preset_roots():
-            for file in (root / folder).glob("**/*.yaml"):
+            for file in filter(Path.is_file, (root / folder).glob("**/*.yaml")):
                 files.setdefault(file.relative_to(root).as_posix(), file)
         found[folder] = [Preset(path, file, _description(file)) for path, file in sorted(files.items())]
     return found
 
 
 def _description(file: Path) -> str:
-    lines = file.read_text(encoding="utf-8").splitlines()
+    with file.open(encoding="utf-8", errors="replace") as stream:  # any file of the working directory
+        lines = stream.read(SIZE_LIMIT).splitlines()
     return next((line.lstrip("# ").rstrip() for line in lines if line.startswith("#")), "")
 
 

@@ -263,6 +263,17 @@ def test_presets_are_listed_with_their_first_comment_line(folder: Path) -> None:
     assert find_preset("encoders/small.yaml") == folder / "encoders/small.yaml" == listed["encoders/small.yaml"].file
 
 
+def test_presets_are_listed_among_other_files_of_the_working_directory(folder: Path) -> None:
+    (folder / "encoders/latin.yaml").write_bytes(b"# caf\xe9\n")
+    (folder / "encoders/folder.yaml").mkdir()
+    (folder / "encoders/lost.yaml").symlink_to("nowhere")
+    os.mkfifo(folder / "encoders/pipe.yaml")
+    listed = {preset.path: preset.description for preset in presets()["encoders"]}
+    assert listed["encoders/small.yaml"] == "A small tower"
+    assert listed["encoders/latin.yaml"] == "caf\ufffd"
+    assert {"encoders/folder.yaml", "encoders/lost.yaml", "encoders/pipe.yaml"}.isdisjoint(listed)
+
+
 # Overrides
 
 

@@ -169,6 +169,12 @@ def test_every_command_survives_poisoned_records(tmp_path: Path) -> None:
         assert result.exception is None or isinstance(result.exception, SystemExit), result.output
 
 
+def test_a_row_beyond_the_end_is_a_sentence(tmp_path: Path) -> None:
+    card = lines_card(tmp_path, [{"text": "good"}], [{"text": "text"}])
+    result = CliRunner().invoke(app, ["data", "show", str(card), "1", "--folder", str(tmp_path / "index")])
+    assert str(result.exception) == f"{card}: no row 1; its split 'train' has 1 rows, counted from 0"
+
+
 # -------------------------------------------------------------------------------------------------------------- cards
 
 

@@ -49,6 +49,7 @@ DOUBLED = "{% set a = namespace(t='aaaaaaaa') %}{% for i in range(60) %}{% set a
         ("{% for i in range(10 ** 9) %}{% endfor %}", "Range too big"),
         ("{{ messages.__class__.__mro__ }}", "unsafe"),
         ("{{ nothing_here() }}", "undefined"),
+        (r"{{ '\ud800' }}", "half a character"),
     ],
 )
 def test_a_template_that_takes_too_much_or_goes_wrong_fails_in_time(template: str, said: str) -> None:

@@ -121,7 +121,10 @@ def _outcome(template: str, variables: dict[str, Any]) -> tuple[str, str]:
         return _FAILED, f"it takes more than {MEMORY >> 30} GiB of memory"
     except Exception as error:  # a template can raise whatever an expression of Python can
         return _FAILED, str(error) or type(error).__name__
-    return _RENDERED, "".join(parts)
+    text = "".join(parts)
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        return _FAILED, "it writes half a character, a lone surrogate, which no tokenizer encodes"
+    return _RENDERED, text
 
 
 class _Refusal(Exception):
