@@ -52,6 +52,8 @@ Component = Annotated[dict[str, Any], "component"]
 PRESET_FOLDERS = ("encoders", "tokenizers", "packing", "train")
 SIZE_LIMIT = 1 << 20
 """Largest YAML file that is read, in bytes."""
+WHOLE_DIGITS = 4300
+"""Digits of a whole number that Python reads at most."""
 DEPTH_LIMIT = 64
 """Levels of lists and mappings in a YAML file at most."""
 VALUE_LIMIT = 100_000
@@ -435,6 +437,8 @@ def _scalar(node: yaml.Node, loader: _Loader, at: _Node) -> Any:
         value = loader.construct_object(node)
         str(value).encode()  # YAML can escape half a surrogate pair, which nothing can print or write
     except (ValueError, KeyError) as error:
+        if len(node.value) > WHOLE_DIGITS and node.tag.endswith(":int"):
+            at.fail(f"a number of {len(node.value):,} digits; expected one that fits in 64 bits.")
         at.fail(f"{node.value[:60]!r} cannot be read as {node.tag.rpartition(':')[2]}: {error}")
     return value
 

@@ -118,7 +118,7 @@ def test_only_the_newest_checkpoints_are_kept(recipe: Path, tmp_path: Path) -> N
 
 
 def test_a_run_keeps_at_least_one_checkpoint(recipe: Path) -> None:
-    with pytest.raises(RecipeError, match="keep is 0"):
+    with pytest.raises(RecipeError, match="`keep` is 0; expected a whole number from 1"):
         train_here(recipe, "keep=0")
 
 

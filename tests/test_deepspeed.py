@@ -378,7 +378,7 @@ def test_stage_1_in_16_bits_is_refused(recipe: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("parallel={engine: deepspeed, zero: 0}", "ZeRO has the stages 1, 2 and 3"),
+        ("parallel={engine: deepspeed, zero: 0}", "`parallel.zero` is 0; expected a whole number from 1 to 3"),
         ("parallel={zero: 2}", "fsdp2 shards everything; add `engine: deepspeed`"),
         ("parallel={engine: horovod}", "expected one of 'fsdp2', 'deepspeed'"),
     ],

@@ -243,7 +243,7 @@ def test_offloading_without_a_gpu_is_refused(recipe: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("parallel.replicate=0", "counts copies of the model: at least 1"),
+        ("parallel.replicate=0", "`parallel.replicate` is 0; expected a whole number from 1 to"),
         ("parallel.activations=some", "expected one of 'none', 'selective', 'full'"),
         ("parallel.reshard_after_forward=true", "expected one of 'default', 'always', 'never'"),
         ("parallel.replicas=2", "unknown key"),

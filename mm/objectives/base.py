@@ -47,6 +47,10 @@ class Objective(ABC):
         from pixels. A sample without such a label is left out of the plan."""
         return None
 
+    @abstractmethod
+    def check(self, model: Trainable) -> None:
+        """Raise `RecipeError` unless this objective can train such a model, which may be on the meta device."""
+
     def prepare(  # noqa: B027  (most objectives ask for nothing)
         self, model: Trainable, processor: Processor, device: torch.device
     ) -> None:
@@ -56,7 +60,7 @@ class Objective(ABC):
             processor: what makes the batches. device: where the model will be.
 
         Raises:
-            RecipeError: this objective cannot train it.
+            RecipeError: it cannot be computed there.
         """
 
     @abstractmethod

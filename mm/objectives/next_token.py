@@ -71,12 +71,15 @@ class NextToken(Objective):
                 f"objective.label_smoothing is {self.label_smoothing}; expected a share from 0 to below 1"
             )
 
-    def prepare(self, model: Trainable, processor: Processor, device: torch.device) -> None:
+    def check(self, model: Trainable) -> None:
         if not isinstance(model, MultimodalLM):
             raise RecipeError(
                 "objective: next_token predicts tokens and the recipe trains an autoencoder; say\n"
                 "  objective: {_target_: mm.objectives.reconstruction.Reconstruction}"
             )
+
+    def prepare(self, model: Trainable, processor: Processor, device: torch.device) -> None:
+        assert isinstance(model, MultimodalLM)  # `check` has seen to it
         model.ids = processor.vocabulary.size
         replace(self.head_loss, real=model.ids).check(device)
         config = model.decoder.config

@@ -34,6 +34,10 @@ PARTS = ("absolute", "squared", "perceptual", "commitment", "generator", "discri
 """Terms of the loss."""
 
 
+JUDGES = {"perceptual": "perceptual", "adversarial": "discriminator"}
+"""Terms of the loss, and the part of `model.autoencoder` that each needs."""
+
+
 @dataclass(frozen=True)
 class Reconstruction(Objective):
     """`objective:` of a recipe with `model.autoencoder`. Each option is the weight of a term; 0 leaves it out.
@@ -52,21 +56,22 @@ class Reconstruction(Objective):
 
     name = "reconstruction"
 
-    def prepare(self, model: Trainable, processor: Processor, device: torch.device) -> None:
+    def check(self, model: Trainable) -> None:
         if not isinstance(model, JudgedAutoencoder):
             raise RecipeError(
                 "objective: reconstruction trains an autoencoder and the recipe has a language model; say "
                 "`model.autoencoder` instead of `model.decoder`, or take another objective"
             )
-        judges = {"perceptual": "perceptual", "adversarial": "discriminator"}
-        asked = {judge for term, judge in judges.items() if getattr(self, term)}
-        for term, judge in judges.items():
-            if judge in asked - model.judges.keys():
+        for term, judge in JUDGES.items():
+            if getattr(self, term) and judge not in model.judges:
                 raise RecipeError(
                     f"objective.{term} is {getattr(self, term)} and there is no model.autoencoder.{judge}; add it, or "
                     "set the weight to 0"
                 )
-        model.asked = frozenset(asked)
+
+    def prepare(self, model: Trainable, processor: Processor, device: torch.device) -> None:
+        assert isinstance(model, JudgedAutoencoder)  # `check` has seen to it
+        model.asked = frozenset(judge for term, judge in JUDGES.items() if getattr(self, term))
 
     def losses(self, sources: Sequence[str]) -> list[str]:
         return ["total", *(f"part/{part}" for part in PARTS), *(f"source/{name}" for name in sources)]

@@ -35,12 +35,15 @@ class AuxiliaryRouters(Objective):
 
     name = total = "routers"
 
-    def prepare(self, model: Trainable, processor: Processor, device: torch.device) -> None:
+    def check(self, model: Trainable) -> None:
         if not isinstance(model, MultimodalLM) or not (model.decoder.config.couples and model.decoder.config.is_causal):
             raise RecipeError(
                 "objective: auxiliary routers imitate experts or layers that choose tokens; the decoder needs "
                 "experts.auxiliary=true where experts choose, and depth.auxiliary=true where it has depth routing"
             )
+
+    def prepare(self, model: Trainable, processor: Processor, device: torch.device) -> None:
+        assert isinstance(model, MultimodalLM)  # `check` has seen to it
         model.decoder.draws = False  # what is to be foreseen is the choice without noise
 
     def losses(self, sources: Sequence[str]) -> list[str]:

@@ -64,9 +64,10 @@ class Blueprint:
 
     @classmethod
     def of(cls, recipe: Recipe) -> Blueprint:
-        model = build_trainable(recipe.model, meta=True)
+        model, objective = build_trainable(recipe.model, meta=True), configure.build(recipe.objective, Objective)
+        objective.check(model)
         processor = build_processor(recipe.model, model, recipe.text_tokenizer())
-        return cls(model, processor, configure.build(recipe.objective, Objective).learned)
+        return cls(model, processor, objective.learned)
 
     def identity(self) -> dict[str, Any]:
         """What lengths and costs follow from, for `Plan.open`: tokens and FLOPs of some media and documents."""
