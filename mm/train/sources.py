@@ -31,7 +31,7 @@ from mm.data.index import Index, SplitSamples, index_card
 from mm.data.where import normal_form, select
 from mm.media import Facts, ImageFacts, PointFacts, SpeechFacts
 from mm.model.build import build_trainable
-from mm.model.multimodal import build_processor
+from mm.model.multimodal import MultimodalLM, build_processor
 from mm.model.trainable import Trainable
 from mm.objectives.base import Objective
 from mm.packing.collate import Processor, TextLength
@@ -67,7 +67,9 @@ class Blueprint:
     def of(cls, recipe: Recipe) -> Blueprint:
         model = build_trainable(recipe.model, meta=True)
         processor = build_processor(recipe.model, model, recipe.text_tokenizer())
-        return cls(model, processor, configure.build(recipe.objective, Objective).learned)
+        objective = configure.build(recipe.objective, Objective)
+        # Another model has no labels, and `Objective.prepare` refuses an objective that needs some.
+        return cls(model, processor, objective.learned if isinstance(model, MultimodalLM) else None)
 
     def identity(self) -> dict[str, Any]:
         """What lengths and costs follow from, for `Plan.open`: tokens and FLOPs of some media and documents."""
