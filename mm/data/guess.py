@@ -5,7 +5,6 @@ records ──content, never names alone──▶ Field(kind, in how many) ─�
 
 from __future__ import annotations
 
-import json
 import re
 from base64 import b64decode
 from codecs import BOM_UTF8
@@ -16,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from mm import media
+from mm.data.json_values import parse_json
 from mm.data.mapping import PADDING, ROLES, parse_mapping, reading_a_record
 from mm.data.mapping.fields import shown
 from mm.data.mapping.words import is_blank
@@ -318,7 +318,7 @@ def _parsed(value: Any) -> Any:
     if start.lstrip()[:1] not in (b"{", b"[", "{", "["):
         return value
     try:
-        return json.loads(start)
+        return parse_json(start)
     except (ValueError, RecursionError):
         return value
 
