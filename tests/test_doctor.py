@@ -99,6 +99,13 @@ def test_pictures_in_either_of_two_fields_are_alternatives_and_further_ones_are_
     assert any("title.txt" in remark for remark in found.proposal.remarks)
 
 
+def test_numbered_pictures_of_a_chat_are_proposed_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    chat = [{"from": "human", "value": "<image>" * 12 + "How many?"}, {"from": "gpt", "value": "Twelve of them."}]
+    numbered = [(f"0.{n}.jpg", jpeg(20 + n, 10)) for n in range(12)]
+    found = seen(write_tar(tmp_path / "a.tar", [*numbered, ("0.json", as_json({"chat": chat}))]))
+    assert found.proposal.sample == {"chat": "json.chat", "images": [f"{n}.jpg" for n in range(12)]}
+
+
 def test_parquet_and_json_lines_are_read_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     columns = {

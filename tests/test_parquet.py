@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from shard_files import words, write_card
 
-from mm.data import row_groups, values
+from mm.data import json_values, row_groups, values
 from mm.data.cache import ShardCache
 from mm.data.card import Card
 from mm.data.index import index_card
@@ -73,6 +75,28 @@ def test_an_index_leaves_out_the_bad_row_and_counts_it(tmp_path: Path) -> None:
     index = index_card(card, "train", tmp_path / "index", progress=False)
     assert [words(index.sample(row)) for row in range(2)] == [["a"], ["c"]]
     assert index.errors.column("key").to_pylist() == ["1"]
+
+
+def test_json_in_a_field_has_no_more_values_than_a_line_of_json_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(json_values, "MAX_VALUES", 1000)
+    chat = '[{"role": "user", "content": "%s"}, {"role": "assistant", "content": "b"}]'
+    written_in_words = chat % ("{}," * 1000)
+    of_values = ["[" + "{}," * 1000 + "{}]", chat % r"\\" + "[{}" + ",{}" * 1000 + "]"]
+    write(tmp_path / "0.parquet", {"chat": [chat % "a", *of_values, written_in_words]})
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for key, text in enumerate((chat % "a", *of_values, written_in_words)):
+            for encoding in ("utf-8", "utf-16"):
+                member = tarfile.TarInfo(f"{key}{encoding}.chat")
+                member.size = len(data := text.encode(encoding))
+                tar.addfile(member, io.BytesIO(data))
+    for format in ("parquet", "webdataset"):
+        shard = "0.parquet" if format == "parquet" else "0.tar"
+        card = Card.load(write_card(tmp_path, shard, {"chat": "chat"}, format))
+        errors = index_card(card, "train", tmp_path / format, progress=False).errors
+        assert {key[0] for key in errors.column("key").to_pylist()} == {"1", "2"}
+        assert all("JSON too complex: 'chat'" in reason for reason in errors.column("reason").to_pylist())
 
 
 def test_columns_that_the_file_does_not_have_are_one_error_with_those_it_has(tmp_path: Path) -> None:

@@ -444,6 +444,6 @@ def test_a_plan_that_an_older_version_made_is_refused_with_what_to_do(
         before.setattr("mm.data.index.INDEX_VERSION", 1)
         before.setattr("mm.train.dataset.INDEX_VERSION", 1)
         train_here(recipe)
-    with pytest.raises(PlanChanged, match=r"version of samples: \[1, 2\] → \[2, 2\]") as caught:
+    with pytest.raises(PlanChanged, match=r"version of samples: \[1, 3\] → \[2, 3\]") as caught:
         train_here(recipe, "steps=2")
     assert "end the stage and add one" in str(caught.value)

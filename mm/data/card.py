@@ -59,7 +59,7 @@ from mm.data.shards import (
 from mm.data.unread import UnreadFiles
 from mm.sample import BrokenSample, Sample, encodable_key
 
-MAPPING_VERSION = 2
+MAPPING_VERSION = 3
 """Raised when the same card gives other samples than before, so that indexes are built anew."""
 
 MOST_SHARDS = 1_000_000

@@ -5,7 +5,7 @@ records ──content, never names alone──▶ Field(kind, in how many) ─�
 
 from __future__ import annotations
 
-import json
+import re
 from base64 import b64decode
 from codecs import BOM_UTF8
 from collections import Counter, defaultdict
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from mm import media
+from mm.data.json_values import parse_json
 from mm.data.mapping import PADDING, ROLES, parse_mapping, reading_a_record
 from mm.data.mapping.fields import shown
 from mm.data.mapping.words import is_blank
@@ -95,7 +96,7 @@ def propose(fields: Sequence[Field], records: Sequence[Mapping[str, Any]]) -> Pr
         )
     encoded = any(one.encoded for one in fields)
     if by_kind["chat"]:
-        every = {kind: sorted(one.path for one in by_kind[kind]) for kind in _MEDIA if by_kind[kind]}
+        every = {kind: sorted((one.path for one in by_kind[kind]), key=_counted) for kind in _MEDIA if by_kind[kind]}
         return _chat(by_kind["chat"], every, encoded, records, remarks)
     texts = by_kind["text"] or [one for one in by_kind["label"] if _rank(one) < len(TEXT_NAMES)]
     if not texts:
@@ -116,6 +117,12 @@ def _rank(one: Field) -> int:
     """How likely a field holds the words by its name: place in `TEXT_NAMES`, their number if it is not among them."""
     steps = [step for step in one.path.lower().split(".") if not step.isdecimal()]
     return TEXT_NAMES.index(steps[-1]) if steps and steps[-1] in TEXT_NAMES else len(TEXT_NAMES)
+
+
+def _counted(path: str) -> list[tuple[int, int, str]]:
+    """Order of the files of a chat: ``2.png`` comes before ``10.png``, as it does for who numbered them."""
+    pieces = (piece for piece in re.split(r"(\d+)", path) if piece)
+    return [(0, int(piece), "") if piece.isdecimal() else (1, 0, piece) for piece in pieces]
 
 
 def _files(kind: str, fields: Sequence[Field], records: Sequence[Mapping[str, Any]], remarks: list[str]) -> list[str]:
@@ -311,7 +318,7 @@ def _parsed(value: Any) -> Any:
     if start.lstrip()[:1] not in (b"{", b"[", "{", "["):
         return value
     try:
-        return json.loads(start)
+        return parse_json(start)
     except (ValueError, RecursionError):
         return value
 

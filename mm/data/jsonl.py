@@ -10,23 +10,17 @@ read is an error with its number and costs no other line.
 from __future__ import annotations
 
 import itertools
-import json
-import re
 from collections.abc import Iterator
 from typing import IO, Any, NamedTuple
 
 from mm.data.files import ShardChanged
+from mm.data.json_values import TooManyValues, parse_json
 from mm.data.shards import Place, Record, Scanned, Shard
 
 MAX_LINE = 64 * 1024**2
 """Longest line that is read, in bytes."""
-MAX_VALUES = 2**21
-"""Most values in a line. A short line may hold many: one of ``{}`` and a comma takes 20 times as much memory."""
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_STRING = re.compile(
-    rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL
-)  # without its end too: looking for it from every quote takes for ever
 _ARRAY = "a JSON array, not JSON lines: write one object a line, for instance with `jq -c '.[]' FILE.json > FILE.jsonl`"
 
 
@@ -100,22 +94,15 @@ def parse_object(line: Line) -> dict[str, Any]:
     """
     if line.size > len(line.data):
         raise ValueError(f"line too long: {line.size} bytes, the limit is {MAX_LINE}")
-    if _values(line.data) > MAX_VALUES:
-        raise ValueError(f"line too complex: {_values(line.data)} values, the limit is {MAX_VALUES}")
     try:
-        record = json.loads(line.data.decode("utf-8"))
+        record = parse_json(line.data.decode("utf-8"))
+    except TooManyValues as error:
+        raise ValueError(f"line too complex: {error}") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{_reason(line, error)}: {error}") from error
     if not isinstance(record, dict):
         raise ValueError(f"broken record: a {type(record).__name__} instead of an object with keys")
     return record
-
-
-def _values(data: bytes) -> int:
-    """About how many values a line holds: exact in what is outside of its texts, which are looked for in long lines."""
-    if len(data) > MAX_VALUES and sum(map(data.count, (b",", b"[", b"{"))) > MAX_VALUES:
-        data = _STRING.sub(b"", data)
-    return sum(map(data.count, (b",", b"[", b"{"))) if len(data) > MAX_VALUES else 0
 
 
 def _reason(line: Line, error: Exception) -> str:

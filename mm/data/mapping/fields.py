@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import reprlib
 from collections.abc import Iterator
 from typing import Any
 
+from mm.data.json_values import TooManyValues, parse_json
 from mm.data.mapping.record import Fields
 from mm.sample import BrokenSample
 
@@ -49,12 +49,14 @@ def parsed(value: Any, path: str) -> Any:
     """JSON behind bytes or text, with or without a byte order mark before it; anything else as it is.
 
     Raises:
-        BrokenField: it is no JSON.
+        BrokenField: it is no JSON, or holds too many values.
     """
     if not isinstance(value, bytes | str):
         return value
     try:
-        return json.loads(value.lstrip("\ufeff") if isinstance(value, str) else value)
+        return parse_json(value.lstrip("\ufeff") if isinstance(value, str) else value)
+    except TooManyValues as error:
+        raise BrokenField(f"JSON too complex: {path!r}: {error}") from error
     except (ValueError, RecursionError) as error:
         raise BrokenField(f"broken JSON: {path!r}: {error}") from error
 
