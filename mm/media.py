@@ -19,7 +19,7 @@ from PIL import Image as PillowImage
 from PIL import ImageFile
 
 from mm.containers import UNKNOWN, whole
-from mm.picture_limits import check_picture
+from mm.picture_limits import check_blocks, check_picture
 from mm.sample import BrokenMedia, Image, MediaPart, Modality, Speech
 
 MAX_SPEECH_SECONDS = 1800
@@ -154,6 +154,7 @@ def _open_picture(data: bytes) -> tuple[PillowImage.Image, int]:
     """A picture whose pixels are still encoded, and its EXIF orientation (1 to 8) as known before decoding."""
     if not data:
         raise BrokenMedia("empty picture file")
+    check_blocks(data)
     try:
         picture = PillowImage.open(io.BytesIO(data), formats=_PICTURE_FORMATS)
     except PillowImage.DecompressionBombError as error:

@@ -156,6 +156,14 @@ def test_a_picture_converted_strip_by_strip_is_the_one_converted_at_once(
     assert np.array_equal(np.asarray(decode(Image(data))), at_once)
 
 
+def test_a_jpeg_of_many_exif_blocks_is_broken_at_once_and_one_of_several_is_read() -> None:
+    plain = encoded(PillowImage.new("RGB", (8, 9)), "JPEG")
+    block = b"\xff\xe1\0\x12Exif\0\0" + b"II*\0abcdef"
+    assert facts(Image(plain[:2] + block * 100 + plain[2:])) == (8, 9)
+    with pytest.raises(BrokenMedia, match="JPEG of 20000 blocks of EXIF data"):
+        facts(Image(plain[:2] + block * 20_000 + plain[2:]))
+
+
 def test_what_a_picture_carries_along_does_not_reach_what_is_made_of_it() -> None:
     """A long comment of a GIF ended a report: as JPEG, its thumbnail could not be saved."""
     gif = encoded(PillowImage.new("P", (8, 8)), "GIF")
