@@ -590,6 +590,8 @@ def show_sample(
     from mm.sample import MediaPart, Text
 
     rows = index_card(load_card(card, cache, cache_folder), split, folder.expanduser())
+    if row >= rows.rows:
+        raise typer.BadParameter(f"row {row} of {rows.rows}: the split {split!r} has rows 0 to {rows.rows - 1}")
     sample = rows.sample(row)
     where = f", row {row} of {rows.rows} in {sample.source}/{split}"
     console.print(styled((printable(sample.key), "bold"), where), soft_wrap=True)

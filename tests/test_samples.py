@@ -155,6 +155,15 @@ def test_a_header_of_numbers_that_are_bools_costs_no_other_row(tmp_path: Path) -
     assert index.media.dtype == np.int32
 
 
+def test_a_row_that_a_split_does_not_have_is_refused_with_those_it_has(tmp_path: Path) -> None:
+    card = lines_card(tmp_path, [{"text": "one"}, {"text": "two"}], [{"text": "text"}])
+    folder = ["--folder", str(tmp_path / "index")]
+    shown = CliRunner().invoke(app, ["data", "show", str(card), "1", *folder])
+    refused = CliRunner().invoke(app, ["data", "show", str(card), "2", *folder])
+    assert (shown.exit_code, refused.exit_code) == (0, 2)
+    assert "row 2 of 2: the split 'train' has rows 0 to 1" in refused.output
+
+
 def test_every_command_survives_poisoned_records(tmp_path: Path) -> None:
     records = [record for _, record in POISONED.values()] + [{"text": "good"}]
     card = lines_card(tmp_path, records, [{"text": "text"}])
