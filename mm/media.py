@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import struct
 import tokenize
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -30,6 +31,8 @@ MAX_SPEECH_VALUES = MAX_SPEECH_SECONDS * 48_000
 
 MAX_POINTS = 4 * 1024**2
 """Most points of a cloud."""
+
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # one a tag: thousands for a damaged picture
 
 _PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _SPEECH_FORMATS = ("WAV", "WAVEX", "RF64", "FLAC", "OGG", "MP3")
