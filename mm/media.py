@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import struct
 import tokenize
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from PIL import Image as PillowImage
 from PIL import ImageFile
 
 from mm.containers import UNKNOWN, whole
-from mm.picture_limits import check_picture
+from mm.picture_limits import check_blocks, check_picture
 from mm.sample import BrokenMedia, Image, MediaPart, Modality, Speech
 
 MAX_SPEECH_SECONDS = 1800
@@ -30,6 +31,8 @@ MAX_SPEECH_VALUES = MAX_SPEECH_SECONDS * 48_000
 
 MAX_POINTS = 4 * 1024**2
 """Most points of a cloud."""
+
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # one a tag: thousands for a damaged picture
 
 _PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _SPEECH_FORMATS = ("WAV", "WAVEX", "RF64", "FLAC", "OGG", "MP3")
@@ -154,6 +157,7 @@ def _open_picture(data: bytes) -> tuple[PillowImage.Image, int]:
     """A picture whose pixels are still encoded, and its EXIF orientation (1 to 8) as known before decoding."""
     if not data:
         raise BrokenMedia("empty picture file")
+    check_blocks(data)
     try:
         picture = PillowImage.open(io.BytesIO(data), formats=_PICTURE_FORMATS)
     except PillowImage.DecompressionBombError as error:

@@ -22,8 +22,22 @@ MAX_SCANNED = 2**31
 """Most pixels that the scans of a JPEG may pass over, all together: 3 seconds. A progressive one has about ten scans;
 one of a few kilobytes can have thousands, each of which decodes the whole picture again."""
 
+MAX_EXIF_BLOCKS = 1024
+"""Most blocks of EXIF data in a JPEG: Pillow joins them one by one, which takes 20 seconds for half a million."""
+
 MAX_TILE = 16 * 1024**2
 """Most pixels of a tile of a TIFF, which is decoded whole however small the picture is."""
+
+
+def check_blocks(data: bytes) -> None:
+    """Refuse a picture whose header alone would take too much time, before it is opened.
+
+    Raises:
+        BrokenMedia: it would.
+    """
+    blocks = data.count(b"Exif\0\0") if data.startswith(b"\xff\xd8") else 0
+    if blocks > MAX_EXIF_BLOCKS:
+        raise BrokenMedia(f"JPEG of {blocks} blocks of EXIF data, the limit is {MAX_EXIF_BLOCKS}")
 
 
 def check_picture(picture: PillowImage.Image, data: bytes) -> None:

@@ -280,6 +280,8 @@ ODD = {
     "absolute": json.dumps(chat("<image>", image="/etc/passwd")),
     "below a file": json.dumps(chat("<image>", image="0.jpg/1.jpg")),
     "too many": json.dumps(chat("<image>" * 17, image=["0.jpg"] * 17)),
+    "pictures under another key": json.dumps(chat("What?", images=["0.jpg"])),
+    "a video": json.dumps(chat("<video>\nWhat?", video="0.mp4")),
     "no list of turns": json.dumps({"conversations": {"from": "human"}}),
     "turns that are texts": json.dumps({"conversations": ["a", "b"]}),
     "null for words": json.dumps(chat(None)),

@@ -156,6 +156,30 @@ def test_a_picture_converted_strip_by_strip_is_the_one_converted_at_once(
     assert np.array_equal(np.asarray(decode(Image(data))), at_once)
 
 
+def test_a_jpeg_of_many_exif_blocks_is_broken_at_once_and_one_of_several_is_read() -> None:
+    plain = encoded(PillowImage.new("RGB", (8, 9)), "JPEG")
+    block = b"\xff\xe1\0\x12Exif\0\0" + b"II*\0abcdef"
+    assert facts(Image(plain[:2] + block * 100 + plain[2:])) == (8, 9)
+    with pytest.raises(BrokenMedia, match="JPEG of 20000 blocks of EXIF data"):
+        facts(Image(plain[:2] + block * 20_000 + plain[2:]))
+
+
+def test_damaged_tags_of_a_picture_print_nothing(tmp_path: Path) -> None:
+    data, tags = tiff(8), 500
+    count = 10 + tags
+    (start,) = struct.unpack_from("<I", data, 4)
+    more = b"".join(struct.pack("<HHII", 1000 + tag, 7, len(data), 0) for tag in range(tags))
+    entries = data[start + 2 : start + 2 + 120] + more
+    whole = data[:4] + struct.pack("<I", len(data)) + data[8:] + struct.pack("<H", count) + entries + bytes(4)
+    (tmp_path / "0.tif").write_bytes(whole)
+    program = (
+        "import sys; from mm import media, sample; print(media.facts(sample.Image(open(sys.argv[1], 'rb').read())))"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "0.tif")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("ImageFacts(width=1, height=1)\n", "")
+
+
 def test_what_a_picture_carries_along_does_not_reach_what_is_made_of_it() -> None:
     """A long comment of a GIF ended a report: as JPEG, its thumbnail could not be saved."""
     gif = encoded(PillowImage.new("P", (8, 8)), "GIF")

@@ -21,6 +21,7 @@ from mm.data.cache import ShardCache
 from mm.data.card import Card
 from mm.data.index import index_card
 from mm.data.pages import DamagedPages, read_pages
+from mm.data.parquet import EMPTY, ParquetShard
 from mm.data.rows import RowShard
 from mm.data.shards import Record, ShardChanged, open_shard
 
@@ -75,6 +76,22 @@ def test_an_index_leaves_out_the_bad_row_and_counts_it(tmp_path: Path) -> None:
     index = index_card(card, "train", tmp_path / "index", progress=False)
     assert [words(index.sample(row)) for row in range(2)] == [["a"], ["c"]]
     assert index.errors.column("key").to_pylist() == ["1"]
+
+
+def test_a_file_and_a_row_group_without_rows_are_no_damage(tmp_path: Path) -> None:
+    empty = pa.table({"text": pa.array([], pa.string())})
+    pq.write_table(empty, tmp_path / "0.parquet")
+    assert [one.error for one in open_shard(str(tmp_path / "0.parquet"), "parquet").scan()] == [EMPTY]
+    with pq.ParquetWriter(tmp_path / "1.parquet", empty.schema) as writer:
+        for table in (pa.table({"text": ["a"]}), empty, pa.table({"text": ["b"]})):
+            writer.write_table(table)
+    shard = open_shard(str(tmp_path / "1.parquet"), "parquet")
+    assert isinstance(shard, ParquetShard)
+    assert shard.row_groups() == [1, 0, 1]
+    assert [(one.key, one.record and one.record.fields) for one in shard.scan()] == [
+        ("0", {"text": "a"}),
+        ("1", {"text": "b"}),
+    ]
 
 
 def test_json_in_a_field_has_no_more_values_than_a_line_of_json_lines(

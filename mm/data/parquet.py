@@ -26,6 +26,8 @@ from mm.data.values import BadRow, row_of, rows_of
 ROW_GROUP_CACHE = 256 * 1024**2
 """Bytes of decoded row groups that a process keeps. The last one read is kept whatever its size."""
 
+EMPTY = "empty parquet file: no row in it"
+
 
 class DamagedRows(ValueError):
     """Rows of a row group that cannot be decoded; the message says why."""
@@ -83,8 +85,11 @@ class ParquetShard(Shard):
             have = ", ".join(self._open().schema_arrow.names[:20])
             yield Scanned("", (0, 0), None, f"missing columns: {', '.join(sorted(self.columns))}; the file has {have}")
             return
+        if not self.starts[-1]:
+            yield Scanned("", (0, 0), None, EMPTY)
         for group in range(groups):
-            yield from self._scan_group(group)
+            if self.starts[group] < self.starts[group + 1]:
+                yield from self._scan_group(group)
 
     def _scan_group(self, group: int) -> Iterator[Scanned]:
         first, row = self.starts[group], 0

@@ -34,6 +34,8 @@ MOST_IMAGES = 16
 SAMPLE = {"chat": "json.conversations", "images": [f"{number}.img" for number in range(MOST_IMAGES)]}
 """The card's mapping. Pictures have one extension, whatever their format, since the mapping names its fields."""
 SPLITS = ("train", "validation")
+NOT_READ = ("images", "image_path", "image_paths", "video", "videos", "audio", "audios")
+"""Keys under which other forms name files. Without them a record would be another sample, with the same words."""
 
 
 def build(
@@ -102,6 +104,8 @@ def _members(records: Iterable[tuple[str, Found]], folder: Folder, skips: Skips)
 def _fields(record: dict[str, Any], folder: Folder) -> dict[str, Any]:
     if not isinstance(record.get("conversations"), list):
         raise Unusable("no list of conversations")
+    if named := [key for key in NOT_READ if record.get(key) and isinstance(record[key], str | list)]:
+        raise Unusable(f"files under another key than `image`: {', '.join(named)}")
     pictures: dict[str, bytes] = {}
     room = MAX_RECORD
     for number, name in enumerate(_names(record.get("image"))):
