@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, settings
 
 from tests.elsewhere import ROOT, SETTINGS, Result, busy_cores, duplicates, read_report, table
 from tests.processes import session, wait_until
+from tests.small_world import environment
 
 SUITE = """
 import os, subprocess, torch, pytest
@@ -34,7 +35,7 @@ def run(folder: Path, setting: str) -> subprocess.CompletedProcess[str]:
     suite.write_text(SUITE)
     command = [sys.executable, "-m", "tests.elsewhere", "--setting", setting, "--folder", str(folder / "results")]
     command += ["--", str(suite), "-p", "no:cacheprovider"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
 
 
 def test_a_setting_runs_and_its_failures_are_named(tmp_path: Path) -> None:
@@ -65,7 +66,9 @@ def test_busy_processes_end_with_the_run() -> None:
 def test_busy_processes_end_when_the_one_that_started_them_is_killed() -> None:
     script = "from tests.elsewhere import *\nwith busy_cores(True): print('started', flush=True); time.sleep(600)"
     command = [sys.executable, "-c", script]
-    leader = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    leader = subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
     assert leader.stdout is not None
     assert leader.stdout.readline() == "started\n"
     assert len(session(leader.pid)) >= 2

@@ -210,7 +210,7 @@ BOMB = "\n  a0: &a0 [x, x]" + "".join(f"\n  a{n + 1}: &a{n + 1} [*a{n}, *a{n}]" 
         ({"statistics": '{a: "\\ud800"}'}, "cannot be read as str"),
         ({"statistics": '{a: "\\UFFFFFFFF"}'}, "not readable as YAML"),
         ({"statistics": "{a: \x01}"}, "not readable as YAML"),
-        ({"statistics": f"{{a: {'9' * 5000}}}"}, "cannot be read as int"),
+        ({"statistics": f"{{a: {'9' * 5000}}}"}, "a number of 5,000 digits"),
         ({"statistics": "[1]"}, "statistics: .* expected a mapping"),
         ({"origin": "x" * (1 << 20)}, "at most 1048576"),
         ({"splits": '{train: {shards: ["{0..99999999}.tar"]}}'}, "at most 1,000,000"),

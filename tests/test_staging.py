@@ -188,6 +188,7 @@ def limited(kind: int, size: int) -> Iterator[None]:
 def sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *command: object) -> tuple[int, str]:
     """Exit status and last line of a command."""
     monkeypatch.setattr(sys, "argv", ["mm", *map(str, command)])
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")  # as a command does for the rest of its process
     with pytest.raises(SystemExit) as stopped:
         cli.main()
     assert isinstance(stopped.value.code, int)

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tests.fuzz.kinds import KINDS
+from tests.small_world import environment
 
 SECONDS = 20.0
 """What a case may take."""
@@ -107,7 +108,7 @@ def _of_one_worker(cases: Sequence[Case]) -> Iterator[Verdict]:
             stdout=subprocess.PIPE,
             stderr=said,
             text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            env=environment() | {"CUDA_VISIBLE_DEVICES": ""},
         )
         lines: queue.Queue[str] = queue.Queue()
         threading.Thread(target=_forward, args=(worker, lines), daemon=True).start()
