@@ -15,6 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
+from contextlib import chdir
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -64,7 +65,8 @@ def run_case(kind: str, seed: int, folder: Path) -> Verdict:
     before, began = _status("VmRSS"), time.monotonic()
     error = None
     try:
-        KINDS[kind].use(draw, case)
+        with chdir(case):  # a recipe or a card may name a folder to write, relative to the working directory
+            KINDS[kind].use(draw, case)
     except Exception:
         error = traceback.format_exc()
     seconds, megabytes = time.monotonic() - began, (_status("VmHWM") - before) / 1e6
