@@ -56,7 +56,7 @@ Seed = Annotated[int, Between(0, 2**63 - 1)]
 Processes = Annotated[int, Between(1, 2**16)]
 Share = Annotated[float, Between(0, 1)]
 Factor = Annotated[float, Between(0, 1e6)]
-"""What a loss, a weight or a rate is multiplied by."""
+"""Factor of a loss, a weight or a rate."""
 Rate = Annotated[float, Between(0, 1e3)]
 Few = Annotated[int, Between(1, 1024)]
 """Layers, experts of a group."""

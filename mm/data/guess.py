@@ -207,7 +207,7 @@ _PLACED = (
     _IN_FRONT,
     _Placed((("place", "either"),), "chats that do not say where their files belong have them before the first words"),
 )
-"""What a chat with files may say. The first of those by which most records are samples is proposed."""
+"""Options of a chat with files, in order: the first by which most records are samples is proposed."""
 
 
 def _usable(sample: Any, records: Sequence[Mapping[str, Any]]) -> int:

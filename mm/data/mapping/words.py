@@ -14,7 +14,7 @@ from mm.data.mapping.record import Fields
 from mm.sample import BrokenSample
 
 PADDING = "\0\ufeff"
-"""What programs put around a text: NULs of fields of fixed size, and byte order marks."""
+"""Characters that programs put around a text: NULs of fields of fixed size, and byte order marks."""
 
 _AROUND = PADDING + "".join(letter for letter in map(chr, range(0x3001)) if letter.isspace())
 _FILLERS = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0") | set(map(chr, range(0xFE00, 0xFE10)))

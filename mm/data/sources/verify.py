@@ -17,7 +17,7 @@ MOST_NESTED = 100
 
 
 class CardCheck:
-    """What the ``sample:`` of a card makes of records, before they are written."""
+    """Check of records against the ``sample:`` of a card, before they are written."""
 
     def __init__(self, sample: Any) -> None:
         self._mapping = parse_mapping(sample)

@@ -49,7 +49,7 @@ class Unusable(BrokenSample):
 
 @dataclass(slots=True)
 class Skips:
-    """What a build leaves out: how often for which reason, and of each the first example."""
+    """Counts of what a build leaves out, by reason, with the first example of each."""
 
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
@@ -84,7 +84,7 @@ _EXAMPLE = 160
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a build wrote: samples per split, and what it left out."""
+    """Result of a build: samples per split, and what it left out."""
 
     samples: dict[str, int]
     skips: Skips = field(default_factory=Skips)
